@@ -1,0 +1,2 @@
+//! `outboard`: the launcher of a pod.
+fn main() {}

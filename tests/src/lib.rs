@@ -1,0 +1,1 @@
+//! The testkit: everything that tests of several daemons share.

@@ -1,0 +1,1 @@
+//! Outboard `vhost-user-blk`: see the crate's README section.

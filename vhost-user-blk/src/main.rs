@@ -1,0 +1,2 @@
+//! `vhost-user-blk`.
+fn main() {}

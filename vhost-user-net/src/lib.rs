@@ -1,0 +1,1 @@
+//! Outboard `vhost-user-net`: see the crate's README section.

@@ -1,0 +1,1 @@
+//! Outboard `virtiofsd`: see the crate's README section.

@@ -1,0 +1,2 @@
+//! `virtiofsd`.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Outboard `vsock-proxy`: see the crate's README section.

@@ -1,0 +1,2 @@
+//! `vsock-proxy`.
+fn main() {}
