@@ -2,6 +2,8 @@
 //!
 //! | room | what it holds |
 //! |---|---|
+//! | [`daemon`] | a daemon's life: sessions, signals, the start-up order |
+//! | [`transport`] | listen, dial, sockets passed by number |
 //! | [`device`] | what a device back end is: the trait each daemon implements |
 //! | [`vhost_user`] | the protocol: messages, session, guest memory, back-end channel |
 //! | [`ring`] | virtqueues, split and packed; inflight record; notification |
@@ -12,9 +14,11 @@
 //! Invariants: a queue belongs to one worker; nothing a guest writes can panic or end the process;
 //! nothing is acknowledged before it is done.
 
+pub mod daemon;
 pub mod device;
 pub mod metrics;
 pub mod ring;
 pub mod sys;
+pub mod transport;
 pub mod vhost_user;
 pub mod worker;

@@ -108,7 +108,7 @@ pub(super) fn indirect_table(
     len: u32,
 ) -> Result<(*const u8, u32), RingError> {
     let entries = len / 16;
-    if len == 0 || len % 16 != 0 || entries > MAX_CHAIN {
+    if len == 0 || !len.is_multiple_of(16) || entries > MAX_CHAIN {
         return Err(RingError::BadIndirect(len));
     }
     let table = memory.translate(addr, u64::from(len)).ok_or(RingError::Address { addr, len })?;

@@ -295,10 +295,10 @@ impl GuestMemory {
     /// Marks `len` bytes at a host pointer of this table as written, when a log is set.
     #[inline]
     pub fn mark_dirty(&self, host: *const u8, len: usize) {
-        if let Some(log) = &self.log {
-            if let Some(guest_addr) = self.guest_addr_of(host) {
-                log.mark(guest_addr, len as u64);
-            }
+        if let Some(log) = &self.log
+            && let Some(guest_addr) = self.guest_addr_of(host)
+        {
+            log.mark(guest_addr, len as u64);
         }
     }
 }
@@ -421,9 +421,5 @@ impl MemoryView {
     #[inline]
     pub(crate) fn get(&self) -> &GuestMemory {
         &self.current
-    }
-
-    pub(crate) fn shared(&self) -> Arc<SharedMemory> {
-        self.shared.clone()
     }
 }
