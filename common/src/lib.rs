@@ -1,3 +1,7 @@
 //! placeholder
 
+pub mod capabilities;
+pub mod cli;
+pub mod logging;
 pub mod metrics;
+pub mod sandbox;
