@@ -4,4 +4,5 @@ pub mod capabilities;
 pub mod cli;
 pub mod logging;
 pub mod metrics;
+pub mod rate_limiter;
 pub mod sandbox;
