@@ -118,14 +118,19 @@ pub struct SandboxArgs {
     pub no_sandbox: bool,
 }
 
-/// Sockets for those who watch and steer the daemon.
+/// The socket of those who watch the daemon.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Monitoring")]
 pub struct MetricsArgs {
     /// Unix socket that gives every counter as Prometheus text, and as JSON at /json
     #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub metrics_socket: Option<PathBuf>,
+}
 
+/// The socket of those who steer the daemon while it runs.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Monitoring")]
+pub struct ControlArgs {
     /// Unix socket that takes one line of JSON, like {"set":{...}}, and answers with one
     #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub control_socket: Option<PathBuf>,

@@ -1,5 +1,6 @@
 //! placeholder
 
+pub mod admin;
 pub mod capabilities;
 pub mod cli;
 pub mod logging;

@@ -19,6 +19,8 @@ struct Everything {
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
+    control: ControlArgs,
+    #[command(flatten)]
     _capabilities: CapabilitiesArgs,
     #[arg(long)]
     size: Option<Size>,
@@ -55,6 +57,7 @@ fn defaults_are_the_safe_ones() {
     assert_eq!(arguments.sandbox.seccomp.seccomp, SeccompMode::Kill);
     assert!(!arguments.sandbox.no_sandbox);
     assert!(arguments.metrics.metrics_socket.is_none());
+    assert!(arguments.control.control_socket.is_none());
 }
 
 #[test]
