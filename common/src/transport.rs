@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::sys::EventFd;
+use crate::cli::SocketChoice;
+use crate::sys::{EventFd, inherited_fd};
 
 /// Bytes of a Unix socket path, without the final NUL. unix(7).
 const MAX_PATH: usize = 107;
@@ -74,6 +75,22 @@ fn check_length(path: &Path) -> Result<(), TransportError> {
 }
 
 impl Transport {
+    /// The transport of the shared command-line arguments.
+    ///
+    /// # Errors
+    /// As for [`Self::listen`], [`Self::dial`] and [`Self::from_fd`].
+    pub fn open(choice: &SocketChoice) -> Result<Self, TransportError> {
+        match choice {
+            SocketChoice::Listen(path) => Self::listen(path, None),
+            SocketChoice::Dial(path) => Self::dial(path),
+            SocketChoice::Inherited(fd) => {
+                let fd = inherited_fd(*fd)
+                    .map_err(|source| TransportError::BadFd { fd: *fd, source })?;
+                Self::from_fd(fd)
+            }
+        }
+    }
+
     /// Listens on `path`. A socket file that nobody listens on any more is replaced. `mode` are the
     /// permission bits, if other than what umask leaves.
     ///
