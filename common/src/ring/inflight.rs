@@ -1,0 +1,395 @@
+//! The record of requests in flight, in memory that outlives this process.
+//!
+//! # Theory of operation
+//! vhost-user specification, "Inflight I/O tracking". The front end keeps a memory file for us; each
+//! queue has a region in it, laid out as the specification says. Taking a chain marks its head as in
+//! flight with a running number; publishing used entries first links the batch's heads, then shows
+//! them to the driver, then clears their marks and copies the used index. Whatever instant the
+//! process dies at, the next one can tell: if the region's used index is behind the ring's, the last
+//! batch was shown but its marks not cleared. Marks that remain are requests to do again, by number.
+//!
+//! For the packed ring, which overwrites descriptors as they are used, the region also holds a copy
+//! of each descriptor in flight, on a free list threaded through `next`.
+//!
+//! The front end owns this memory, so what is read from it is range-checked like a guest's.
+#![allow(unsafe_code, reason = "raw access to the shared inflight region")]
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, compiler_fence};
+
+use vm_memory::MmapRegion;
+
+use super::packed::{PackedRing, Position};
+use super::walk::{F_NEXT, PackedDescriptor};
+
+/// Regions start at multiples of this. (The specification leaves it to the back end.)
+const ALIGNMENT: usize = 64;
+const VERSION: u16 = 1;
+/// Bytes before the descriptor states, split and packed.
+const SPLIT_HEADER: usize = 16;
+const SPLIT_STATE: usize = 16;
+const PACKED_HEADER: usize = 32;
+const PACKED_STATE: usize = 32;
+
+/// Bytes that one queue of `size` needs.
+#[must_use]
+pub fn region_size(size: u16, packed: bool) -> usize {
+    let (header, state) =
+        if packed { (PACKED_HEADER, PACKED_STATE) } else { (SPLIT_HEADER, SPLIT_STATE) };
+    (header + state * usize::from(size)).next_multiple_of(ALIGNMENT)
+}
+
+/// One queue's region.
+#[derive(Debug, Clone)]
+pub struct InflightRegion {
+    map: Arc<MmapRegion>,
+    offset: usize,
+    len: usize,
+}
+
+impl InflightRegion {
+    /// The part of `map` that queue `index` has when every queue has `size` entries, or `None` if the
+    /// map ends before.
+    #[must_use]
+    pub fn of_queue(map: &Arc<MmapRegion>, index: u16, size: u16, packed: bool) -> Option<Self> {
+        let len = region_size(size, packed);
+        let offset = len.checked_mul(usize::from(index))?;
+        (offset.checked_add(len)? <= map.size()).then(|| Self { map: map.clone(), offset, len })
+    }
+
+    #[inline]
+    fn at(&self, offset: usize, size: usize) -> *mut u8 {
+        assert!(offset + size <= self.len, "inflight access within the region");
+        self.map.as_ptr().wrapping_add(self.offset + offset)
+    }
+
+    #[inline]
+    fn load<T: Copy + zerocopy::FromBytes>(&self, offset: usize) -> T {
+        let p = self.at(offset, size_of::<T>());
+        // SAFETY: in bounds by `at`; the layout keeps fields at their natural alignment.
+        unsafe { p.cast::<T>().read_volatile() }
+    }
+
+    #[inline]
+    fn store<T: Copy + zerocopy::IntoBytes>(&self, offset: usize, value: T) {
+        let p = self.at(offset, size_of::<T>());
+        // SAFETY: as in `load`.
+        unsafe { p.cast::<T>().write_volatile(value) };
+    }
+}
+
+/// Order against a crash of this process, not against another CPU: the stores must reach the
+/// shared page in program order, which volatile accesses and a compiler fence give.
+#[inline]
+fn crash_order() {
+    compiler_fence(Ordering::SeqCst);
+}
+
+/// Split-ring tracking. Fields of the region: version @8, desc_num @10, last_batch_head @12,
+/// used_idx @14; per descriptor: inflight @0, next @6, counter @8.
+#[derive(Debug)]
+pub(super) struct SplitInflight {
+    region: InflightRegion,
+    size: u16,
+    counter: u64,
+    batch: u16,
+    last_batch_head: u16,
+}
+
+impl SplitInflight {
+    /// Opens (or first initialises) the region; returns the heads to do again, oldest first.
+    pub(super) fn open(region: InflightRegion, size: u16, ring_used: u16) -> (Self, Vec<u16>) {
+        let mut this = Self { region, size, counter: 0, batch: 0, last_batch_head: 0 };
+        let fresh = this.region.load::<u16>(8) != VERSION || this.region.load::<u16>(10) != size;
+        if fresh {
+            for head in 0..size {
+                this.region.store(this.state(head), 0u8);
+            }
+            this.region.store(10, size);
+            this.region.store(12, 0u16);
+            this.region.store(14, ring_used);
+            crash_order();
+            this.region.store(8, VERSION);
+            return (this, Vec::new());
+        }
+        this.last_batch_head = this.region.load::<u16>(12) % size;
+        this.settle_last_batch(ring_used);
+        let mut again: Vec<(u64, u16)> = (0..size)
+            .filter(|&head| this.region.load::<u8>(this.state(head)) == 1)
+            .map(|head| (this.region.load::<u64>(this.state(head) + 8), head))
+            .collect();
+        again.sort_unstable();
+        this.counter = again.last().map_or(0, |&(n, _)| n.wrapping_add(1));
+        (this, again.into_iter().map(|(_, head)| head).collect())
+    }
+
+    fn state(&self, head: u16) -> usize {
+        SPLIT_HEADER + SPLIT_STATE * usize::from(head % self.size)
+    }
+
+    /// Clears the marks of a batch that was shown just before the crash.
+    fn settle_last_batch(&mut self, ring_used: u16) {
+        let shown = ring_used.wrapping_sub(self.region.load::<u16>(14));
+        let mut head = self.last_batch_head;
+        for _ in 0..shown.min(self.size) {
+            self.region.store(self.state(head), 0u8);
+            head = self.region.load::<u16>(self.state(head) + 6) % self.size;
+        }
+        crash_order();
+        self.region.store(14, ring_used);
+    }
+
+    #[inline]
+    pub(super) fn take(&mut self, head: u16) {
+        let state = self.state(head);
+        self.region.store(state + 8, self.counter);
+        self.counter = self.counter.wrapping_add(1);
+        crash_order();
+        self.region.store(state, 1u8);
+    }
+
+    /// Undoes the latest `take`.
+    pub(super) fn untake(&mut self, head: u16) {
+        self.region.store(self.state(head), 0u8);
+    }
+
+    #[inline]
+    pub(super) fn complete(&mut self, head: u16) {
+        self.region.store(self.state(head) + 6, self.last_batch_head);
+        self.last_batch_head = head;
+        self.batch += 1;
+        crash_order();
+        self.region.store(12, head);
+    }
+
+    /// After the used index `ring_used` was shown.
+    #[inline]
+    pub(super) fn published(&mut self, ring_used: u16) {
+        crash_order();
+        let mut head = self.last_batch_head;
+        for _ in 0..std::mem::take(&mut self.batch) {
+            let state = self.state(head);
+            self.region.store(state, 0u8);
+            head = self.region.load::<u16>(state + 6);
+        }
+        crash_order();
+        self.region.store(14, ring_used);
+    }
+}
+
+/// A chain to do again after a crash of a packed ring.
+#[derive(Debug)]
+pub(super) struct PackedAgain {
+    /// First entry in the region.
+    pub(super) entry: u16,
+    /// The chain's descriptors, as the driver made them.
+    pub(super) descriptors: Vec<PackedDescriptor>,
+}
+
+/// Packed-ring tracking. Fields of the region: version @8, desc_num @10, free_head @12,
+/// old_free_head @14, used_idx @16, old_used_idx @18, used_wrap_counter @20,
+/// old_used_wrap_counter @21; per descriptor: inflight @0, next @2, last @4, num @6, counter @8,
+/// id @16, flags @18, len @20, addr @24.
+#[derive(Debug)]
+pub(super) struct PackedInflight {
+    region: InflightRegion,
+    size: u16,
+    counter: u64,
+    /// Heads completed since the last publish.
+    batch: Vec<u16>,
+}
+
+impl PackedInflight {
+    /// Opens (or first initialises) the region. Returns where used descriptors continue, how many
+    /// descriptors after that are outstanding, and the chains to do again, oldest first.
+    pub(super) fn open(
+        region: InflightRegion,
+        size: u16,
+        ring: &PackedRing,
+    ) -> (Self, Option<(Position, u16)>, Vec<PackedAgain>) {
+        let mut this = Self { region, size, counter: 0, batch: Vec::new() };
+        if this.region.load::<u16>(8) != VERSION || this.region.load::<u16>(10) != size {
+            this.initialise(ring.used_position());
+            return (this, None, Vec::new());
+        }
+        this.settle_last_batch(ring);
+        let (again, outstanding) = this.collect();
+        let used = Position {
+            index: this.region.load::<u16>(16) % size,
+            wrap: this.region.load::<u8>(20) != 0,
+        };
+        (this, Some((used, outstanding)), again)
+    }
+
+    fn initialise(&mut self, used: Position) {
+        for i in 0..self.size {
+            self.region.store(self.state(i), 0u8);
+            self.region.store(self.state(i) + 2, (i + 1) % self.size);
+        }
+        self.region.store(10, self.size);
+        for at in [12, 14] {
+            self.region.store(at, 0u16);
+        }
+        self.store_used(16, 20, used);
+        self.store_used(18, 21, used);
+        crash_order();
+        self.region.store(8, VERSION);
+    }
+
+    fn store_used(&self, index_at: usize, wrap_at: usize, used: Position) {
+        self.region.store(index_at, used.index);
+        self.region.store(wrap_at, u8::from(used.wrap));
+    }
+
+    fn state(&self, entry: u16) -> usize {
+        PACKED_HEADER + PACKED_STATE * usize::from(entry % self.size)
+    }
+
+    fn next(&self, entry: u16) -> u16 {
+        self.region.load::<u16>(self.state(entry) + 2) % self.size
+    }
+
+    /// Commits a batch that was shown just before the crash, or rolls back one that was not.
+    fn settle_last_batch(&self, ring: &PackedRing) {
+        let used = (self.region.load::<u16>(16), self.region.load::<u8>(20));
+        let old = (self.region.load::<u16>(18), self.region.load::<u8>(21));
+        if used == old || ring.still_available(Position { index: old.0, wrap: old.1 != 0 }) {
+            self.region.store(16, old.0);
+            self.region.store(20, old.1);
+            return;
+        }
+        // Shown: every entry between the two free heads was linked before, and is done.
+        let end = self.region.load::<u16>(14) % self.size;
+        let mut entry = self.region.load::<u16>(12) % self.size;
+        for _ in 0..self.size {
+            if entry == end {
+                break;
+            }
+            self.region.store(self.state(entry), 0u8);
+            entry = self.next(entry);
+        }
+        crash_order();
+        self.region.store(18, used.0);
+        self.region.store(21, used.1);
+    }
+
+    /// The chains marked in flight, by age, and the sum of their descriptors.
+    fn collect(&mut self) -> (Vec<PackedAgain>, u16) {
+        let mut heads: Vec<(u64, u16)> = (0..self.size)
+            .filter(|&i| self.region.load::<u8>(self.state(i)) == 1)
+            .map(|i| (self.region.load::<u64>(self.state(i) + 8), i))
+            .collect();
+        heads.sort_unstable();
+        self.counter = heads.last().map_or(0, |&(n, _)| n.wrapping_add(1));
+        let mut outstanding = 0u16;
+        let mut again = Vec::new();
+        let mut busy = vec![false; usize::from(self.size)];
+        for (_, head) in heads {
+            let count = self.region.load::<u16>(self.state(head) + 6).clamp(1, self.size);
+            outstanding = outstanding.saturating_add(count).min(self.size);
+            let mut descriptors = Vec::with_capacity(usize::from(count));
+            let mut entry = head;
+            for _ in 0..count {
+                let d = self.descriptor(entry);
+                descriptors.push(d);
+                busy[usize::from(entry)] = true;
+                if d.flags & F_NEXT == 0 {
+                    break;
+                }
+                entry = self.next(entry);
+            }
+            again.push(PackedAgain { entry: head, descriptors });
+        }
+        self.rebuild_free_list(&busy);
+        (again, outstanding)
+    }
+
+    /// Threads the free list anew through every entry that no chain holds, so that a crash in the
+    /// middle of taking or giving back leaks none.
+    fn rebuild_free_list(&self, busy: &[bool]) {
+        let free: Vec<u16> = (0..self.size).filter(|&i| !busy[usize::from(i)]).collect();
+        for pair in free.windows(2) {
+            self.region.store(self.state(pair[0]) + 2, pair[1]);
+        }
+        let head = free.first().copied().unwrap_or(0);
+        self.region.store(12, head);
+        self.region.store(14, head);
+    }
+
+    fn descriptor(&self, entry: u16) -> PackedDescriptor {
+        let at = self.state(entry);
+        PackedDescriptor {
+            id: self.region.load(at + 16),
+            flags: self.region.load(at + 18),
+            len: self.region.load(at + 20),
+            addr: self.region.load(at + 24),
+        }
+    }
+
+    /// Records a chain whose `count` descriptors `descriptor` yields in order; returns its entry.
+    /// The mark is the commit point: before it the chain is still the ring's to give, after it ours.
+    pub(super) fn take(&mut self, count: u16, descriptor: impl Fn(u16) -> PackedDescriptor) -> u16 {
+        let head = self.region.load::<u16>(12) % self.size;
+        let head_at = self.state(head);
+        let (mut entry, mut last) = (head, head);
+        for i in 0..count {
+            let d = descriptor(i);
+            let at = self.state(entry);
+            self.region.store(at + 16, d.id);
+            self.region.store(at + 18, d.flags);
+            self.region.store(at + 20, d.len);
+            self.region.store(at + 24, d.addr);
+            last = entry;
+            entry = self.next(entry);
+        }
+        self.region.store(head_at + 4, last);
+        self.region.store(head_at + 6, count);
+        self.region.store(head_at + 8, self.counter);
+        self.counter = self.counter.wrapping_add(1);
+        crash_order();
+        self.region.store(head_at, 1u8);
+        crash_order();
+        self.region.store(12, entry);
+        self.region.store(14, entry);
+        head
+    }
+
+    /// Undoes the latest `take`, which returned `head`.
+    pub(super) fn untake(&mut self, head: u16) {
+        self.region.store(self.state(head), 0u8);
+        crash_order();
+        self.region.store(12, head % self.size);
+        self.region.store(14, head % self.size);
+    }
+
+    /// The chain at `head` is done; it counts as in flight until it is shown.
+    pub(super) fn complete(&mut self, head: u16) {
+        self.batch.push(head);
+    }
+
+    /// Before the batch is shown; `used` is the position after it.
+    pub(super) fn publishing(&mut self, used: Position) {
+        for &head in &self.batch {
+            let last = self.region.load::<u16>(self.state(head) + 4) % self.size;
+            self.region.store(self.state(last) + 2, self.region.load::<u16>(12));
+            self.region.store(12, head % self.size);
+        }
+        crash_order();
+        self.store_used(16, 20, used);
+        crash_order();
+    }
+
+    /// After the batch was shown.
+    pub(super) fn published(&mut self) {
+        crash_order();
+        let mut batch = std::mem::take(&mut self.batch);
+        for head in batch.drain(..) {
+            self.region.store(self.state(head), 0u8);
+        }
+        self.batch = batch;
+        crash_order();
+        self.region.store(14, self.region.load::<u16>(12));
+        self.region.store(18, self.region.load::<u16>(16));
+        self.region.store(21, self.region.load::<u8>(20));
+    }
+}

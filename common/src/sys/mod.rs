@@ -1,0 +1,5 @@
+//! System calls that no safe wrapper covers, and the event fd on which all waking rests.
+
+mod event_fd;
+
+pub use event_fd::EventFd;

@@ -1,0 +1,4 @@
+//! The vhost-user protocol: messages, the session, guest memory and what else the front end shares.
+
+pub mod backend_channel;
+pub mod memory;

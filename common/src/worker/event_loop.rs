@@ -1,0 +1,411 @@
+//! The loop of a worker driven by file descriptors, on epoll.
+//!
+//! # Theory of operation
+//! Kicks are registered edge-triggered and never read: each signal is one event. After a kick the loop
+//! mutes the queue, calls the handler, publishes, and goes on so until the ring is empty and a last
+//! look after unmuting found nothing. A handler that leaves chains in the ring on purpose (receive
+//! queues) says [`Progress::Waiting`] and is not asked again before a kick or an event of its own.
+//!
+//! With busy-polling on, an idle loop spins over `has_available` and a non-blocking `epoll_wait` for
+//! as long as recent spins found work, at most the set time, before it sleeps.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use epoll::{ControlOptions, Event, Events};
+
+use super::{Command, Control};
+use crate::ring::Queue;
+use crate::sys::EventFd;
+
+/// What a handler left behind in a queue after a kick.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// It popped until the ring was empty: wait for the next kick.
+    Emptied,
+    /// It left chains on purpose, or handles notifications itself: do not ask again by yourself.
+    Waiting,
+    /// Its budget ran out: look at other events, then ask again.
+    More,
+}
+
+/// The queues of one worker, by index.
+#[derive(Debug, Default)]
+pub struct Queues {
+    slots: Vec<Option<Box<Queue>>>,
+}
+
+impl Queues {
+    /// The running queue `index`.
+    #[inline]
+    pub fn get(&mut self, index: u16) -> Option<&mut Queue> {
+        self.slots.get_mut(usize::from(index))?.as_deref_mut()
+    }
+
+    /// All running queues.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Queue> {
+        self.slots.iter_mut().filter_map(|q| q.as_deref_mut())
+    }
+
+    fn put(&mut self, queue: Box<Queue>) {
+        let at = usize::from(queue.index());
+        if self.slots.len() <= at {
+            self.slots.resize_with(at + 1, || None);
+        }
+        self.slots[at] = Some(queue);
+    }
+
+    fn take(&mut self, index: u16) -> Option<Box<Queue>> {
+        self.slots.get_mut(usize::from(index))?.take()
+    }
+}
+
+/// Events of descriptors that are the loop's own carry this bit; handlers' tokens must not.
+const LOOP_BIT: u64 = 1 << 63;
+const TOKEN_CONTROL: u64 = LOOP_BIT | 1 << 62;
+
+/// What a handler works with: its queues, and the descriptors and the timer it waits on.
+#[derive(Debug)]
+pub struct Context {
+    /// The worker's queues.
+    pub queues: Queues,
+    epoll: RawFd,
+    deadline: Option<Instant>,
+}
+
+impl Context {
+    fn ctl(&self, op: ControlOptions, fd: RawFd, events: Events, token: u64) -> io::Result<()> {
+        epoll::ctl(self.epoll, op, fd, Event::new(events, token))
+    }
+
+    /// Waits for `events` on `fd`; they arrive at [`QueueHandler::on_event`] with `token`, which must
+    /// be below 2^62. Closing the descriptor's last duplicate ends it too.
+    ///
+    /// # Errors
+    /// The descriptor cannot be polled, or is watched already.
+    pub fn watch(&self, fd: RawFd, events: Events, token: u64) -> io::Result<()> {
+        debug_assert!(token < TOKEN_CONTROL & !LOOP_BIT);
+        self.ctl(ControlOptions::EPOLL_CTL_ADD, fd, events, token)
+    }
+
+    /// Changes what to wait for.
+    ///
+    /// # Errors
+    /// The descriptor is not watched.
+    pub fn rewatch(&self, fd: RawFd, events: Events, token: u64) -> io::Result<()> {
+        self.ctl(ControlOptions::EPOLL_CTL_MOD, fd, events, token)
+    }
+
+    /// Stops waiting on `fd`.
+    pub fn unwatch(&self, fd: RawFd) {
+        // Not watched any more is what was wanted.
+        let _ = self.ctl(ControlOptions::EPOLL_CTL_DEL, fd, Events::empty(), 0);
+    }
+
+    /// Has [`QueueHandler::on_timer`] called once, at `deadline`. Replaces the one before; `None`
+    /// cancels it.
+    pub fn set_timer(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
+    }
+}
+
+/// A device's part of a worker: called by the loop, always on the worker's thread.
+pub trait QueueHandler: Send {
+    /// The loop runs: watch descriptors here. No queue is there yet.
+    ///
+    /// # Errors
+    /// The worker cannot serve: its queues are retired.
+    fn on_init(&mut self, cx: &mut Context) -> io::Result<()> {
+        let _ = cx;
+        Ok(())
+    }
+
+    /// Queue `index` has just started; `on_kick` follows at once.
+    fn on_start(&mut self, index: u16, cx: &mut Context) {
+        let _ = (index, cx);
+    }
+
+    /// Queue `index` is about to be handed back. Afterwards every chain popped must have been pushed
+    /// or given back with `unpop`; the loop publishes.
+    fn on_stop(&mut self, index: u16, cx: &mut Context) {
+        let _ = (index, cx);
+    }
+
+    /// The driver added chains to queue `index` (or may have). The loop publishes afterwards.
+    fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress;
+
+    /// Something happened on a watched descriptor. The loop publishes all queues afterwards.
+    fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
+        let _ = (token, events, cx);
+    }
+
+    /// The timer ran out.
+    fn on_timer(&mut self, cx: &mut Context) {
+        let _ = cx;
+    }
+}
+
+/// An epoll loop around a handler.
+#[derive(Debug)]
+pub struct EventLoop<H> {
+    handler: H,
+    cx: Context,
+    /// Queues that asked for another turn.
+    again: Vec<u16>,
+    /// Kicks registered, to be removed when the queue stops.
+    kicks: Vec<(u16, RawFd)>,
+    /// Spinning: how long the next one may last, adapted to success.
+    spin: Duration,
+}
+
+/// Events taken from the kernel at once.
+const EVENT_BATCH: usize = 64;
+
+impl<H: QueueHandler> EventLoop<H> {
+    /// A loop around `handler`.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn new(handler: H) -> io::Result<Self> {
+        let epoll = epoll::create(true)?;
+        let cx = Context { queues: Queues::default(), epoll, deadline: None };
+        Ok(Self { handler, cx, again: Vec::new(), kicks: Vec::new(), spin: Duration::ZERO })
+    }
+
+    /// Serves until the session is over. The whole life of a worker's thread.
+    pub fn run(mut self, control: Control) {
+        if let Err(error) = self.cx.ctl(
+            ControlOptions::EPOLL_CTL_ADD,
+            control.wake_fd(),
+            Events::EPOLLIN,
+            TOKEN_CONTROL,
+        ) {
+            tracing::error!(%error, "a worker cannot wait for its session");
+            return;
+        }
+        if let Err(error) = self.handler.on_init(&mut self.cx) {
+            tracing::error!(%error, "a worker cannot start; its queues stay unserved");
+        }
+        self.spin = control.options.poll;
+        let mut events = [Event::new(Events::empty(), 0); EVENT_BATCH];
+        loop {
+            let n = match self.wait(&mut events, control.options.poll) {
+                Ok(n) => n,
+                Err(error) => {
+                    tracing::error!(%error, "epoll_wait failed; a worker ends");
+                    return;
+                }
+            };
+            if self.turn(events.get(..n).unwrap_or(&[]), &control).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// One round: events, then queues that want another turn, then the timer.
+    fn turn(
+        &mut self,
+        events: &[Event],
+        control: &Control,
+    ) -> Result<(), super::control::SessionOver> {
+        let mut outside = false;
+        for event in events {
+            let (token, bits) = (event.data, event.events);
+            if token == TOKEN_CONTROL {
+                control.clear_wake();
+                while let Some(command) = control.next()? {
+                    self.command(command);
+                }
+            } else if token & LOOP_BIT != 0 {
+                let index = u16::try_from(token & !LOOP_BIT).unwrap_or(u16::MAX);
+                if let Some(queue) = self.cx.queues.get(index) {
+                    queue.metrics().kicks.add(1);
+                }
+                self.kick(index);
+            } else {
+                outside = true;
+                self.handler.on_event(token, Events::from_bits_truncate(bits), &mut self.cx);
+            }
+        }
+        if outside {
+            self.publish_all();
+        }
+        for index in std::mem::take(&mut self.again) {
+            self.kick(index);
+        }
+        if self.cx.deadline.is_some_and(|d| d <= Instant::now()) {
+            self.cx.deadline = None;
+            self.handler.on_timer(&mut self.cx);
+            self.publish_all();
+        }
+        Ok(())
+    }
+
+    fn publish_all(&mut self) {
+        for queue in self.cx.queues.iter_mut() {
+            queue.publish();
+        }
+    }
+
+    /// Lets the handler empty queue `index`.
+    fn kick(&mut self, index: u16) {
+        loop {
+            let Some(queue) = self.cx.queues.get(index) else { return };
+            queue.disable_notifications();
+            let progress = self.handler.on_kick(index, &mut self.cx);
+            // The handler may have filled other queues too (vsock answers on its receive queue).
+            self.publish_all();
+            let Some(queue) = self.cx.queues.get(index) else { return };
+            match progress {
+                Progress::Waiting => return,
+                Progress::More => {
+                    if !self.again.contains(&index) {
+                        self.again.push(index);
+                    }
+                    return;
+                }
+                Progress::Emptied => {
+                    if !queue.enable_notifications() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Start(queue) => {
+                let index = queue.index();
+                let kick = queue.kick_fd();
+                self.cx.queues.put(queue);
+                self.watch_kick(index, kick);
+                self.handler.on_start(index, &mut self.cx);
+                self.kick(index);
+            }
+            Command::Stop { index, reply } => {
+                self.handler.on_stop(index, &mut self.cx);
+                self.publish_all();
+                self.watch_kick(index, None);
+                self.again.retain(|&i| i != index);
+                // The session gave up waiting only if it is gone.
+                let _ = reply.send(self.cx.queues.take(index));
+            }
+            Command::SetKick(index, kick) => self.set_kick(index, kick),
+            Command::SetCall(index, call) => {
+                if let Some(queue) = self.cx.queues.get(index) {
+                    queue.set_call(call);
+                }
+            }
+            Command::SetErr(index, err) => {
+                if let Some(queue) = self.cx.queues.get(index) {
+                    queue.set_err(err);
+                }
+            }
+        }
+    }
+
+    fn set_kick(&mut self, index: u16, kick: Option<Arc<EventFd>>) {
+        self.watch_kick(index, None);
+        let Some(queue) = self.cx.queues.get(index) else { return };
+        queue.set_kick(kick);
+        let fd = queue.kick_fd();
+        self.watch_kick(index, fd);
+        self.kick(index);
+    }
+
+    /// Registers `kick` for queue `index` in place of the one before.
+    fn watch_kick(&mut self, index: u16, kick: Option<RawFd>) {
+        if let Some(at) = self.kicks.iter().position(|&(i, _)| i == index) {
+            let (_, old) = self.kicks.swap_remove(at);
+            self.cx.unwatch(old);
+        }
+        let Some(fd) = kick else { return };
+        let events = Events::EPOLLIN | Events::EPOLLET;
+        match self.cx.ctl(ControlOptions::EPOLL_CTL_ADD, fd, events, LOOP_BIT | u64::from(index)) {
+            Ok(()) => self.kicks.push((index, fd)),
+            Err(error) => {
+                tracing::warn!(queue = index, %error, "the front end's kick descriptor cannot be waited on")
+            }
+        }
+    }
+
+    /// Whether a queue without a kick descriptor is running: then the loop never sleeps.
+    fn must_poll(&mut self) -> bool {
+        self.cx.queues.iter_mut().any(|q| q.kick_fd().is_none())
+    }
+
+    /// Waits for events, spinning first if asked to.
+    fn wait(&mut self, events: &mut [Event], poll: Duration) -> io::Result<usize> {
+        if !self.again.is_empty() {
+            return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
+        }
+        if self.must_poll() {
+            self.poll_kickless();
+            return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
+        }
+        if !poll.is_zero() {
+            if let Some(n) = self.spin(events, poll)? {
+                return Ok(n);
+            }
+        }
+        let timeout = self.cx.deadline.map(|d| d.saturating_duration_since(Instant::now()));
+        wait_for(self.cx.epoll, timeout, events)
+    }
+
+    fn poll_kickless(&mut self) {
+        let waiting: Vec<u16> = self
+            .cx
+            .queues
+            .iter_mut()
+            .filter(|q| q.kick_fd().is_none() && q.has_available())
+            .map(|q| q.index())
+            .collect();
+        for index in waiting {
+            self.kick(index);
+        }
+        std::hint::spin_loop();
+    }
+
+    /// Looks for work for up to the adapted time. `None`: found none, go to sleep.
+    fn spin(&mut self, events: &mut [Event], poll: Duration) -> io::Result<Option<usize>> {
+        let start = Instant::now();
+        loop {
+            let n = wait_for(self.cx.epoll, Some(Duration::ZERO), events)?;
+            if n > 0 {
+                self.spin = (self.spin * 2).clamp(Duration::from_micros(1), poll);
+                return Ok(Some(n));
+            }
+            if start.elapsed() >= self.spin || self.cx.deadline.is_some_and(|d| d <= Instant::now())
+            {
+                // Half as long next time, down to a probe that can grow again.
+                self.spin = (self.spin / 2).max(Duration::from_micros(1)).min(poll);
+                return Ok(None);
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // Nothing can be done about a failing close.
+        let _ = epoll::close(self.epoll);
+    }
+}
+
+/// `epoll_wait` with an optional time-out, rounded up to milliseconds; an interrupted wait is an
+/// empty one.
+fn wait_for(epoll: RawFd, timeout: Option<Duration>, events: &mut [Event]) -> io::Result<usize> {
+    let millis = match timeout {
+        None => -1,
+        Some(t) => i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
+    };
+    match epoll::wait(epoll, millis, events) {
+        Ok(n) => Ok(n),
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
+        Err(e) => Err(e),
+    }
+}
