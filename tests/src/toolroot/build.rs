@@ -18,6 +18,8 @@ const SUITE: &str = "forky";
 const LAYOUT: u32 = 1;
 /// Kernel packages are replaced in the archive now and then while a download runs.
 const ATTEMPTS: u32 = 3;
+/// For how long a failed build is not repeated.
+const FAILURE_IS_REMEMBERED: Duration = Duration::from_secs(300);
 
 /// The modules a guest may load, in loading order. Those built into a kernel are simply absent.
 const MODULES: [&str; 9] = [
@@ -48,10 +50,25 @@ pub(super) fn cached(recipe: &Recipe) -> Result<PathBuf> {
     fs::create_dir_all(&cache).with_context(|| format!("create {}", cache.display()))?;
     let lock = File::create(cache.join(format!("{}.lock", recipe.name)))?;
     lock.lock().context("lock the cache")?;
-    if !root.exists() {
-        build(recipe, &cache, &root)?;
+    if root.exists() {
+        return Ok(root);
     }
+    let note = cache.join(format!("{}.failed", recipe.name));
+    if let Some(why) = recent_failure(&note) {
+        bail!("{why} (to try again at once, remove {})", note.display());
+    }
+    build(recipe, &cache, &root).inspect_err(|error| {
+        let _ = fs::write(&note, format!("{error:#}"));
+    })?;
+    remove_file(&note)?;
     Ok(root)
+}
+
+/// Why the last attempt failed, if it was so recent that each of a hundred tests should not repeat
+/// it. A time stamp of the future counts as old.
+fn recent_failure(note: &Path) -> Option<String> {
+    let age = fs::metadata(note).ok()?.modified().ok()?.elapsed().ok()?;
+    (age < FAILURE_IS_REMEMBERED).then(|| fs::read_to_string(note).ok())?
 }
 
 /// `$OUTBOARD_CACHE`, else `~/.cache/outboard`.
@@ -111,7 +128,7 @@ fn unpack(recipe: &Recipe, root: &Path, mirror: &str) -> Result<()> {
     let mut child = Command::new("mmdebstrap")
         .arg("--variant=extract")
         .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
-        .arg("--aptopt=Acquire::Retries \"5\"")
+        .arg("--aptopt=Acquire::Retries \"3\"")
         .arg("--aptopt=APT::Install-Recommends \"false\"")
         // Documentation and translations are a fifth of the root.
         .args(
@@ -136,7 +153,11 @@ fn unpack(recipe: &Recipe, root: &Path, mirror: &str) -> Result<()> {
     }
     let status = child.wait()?;
     if !status.success() {
-        bail!("mmdebstrap failed ({status}): {}", complaints.join("\n"));
+        // apt's own errors say most; without one, whatever there was.
+        let errors: Vec<&str> =
+            complaints.iter().filter_map(|line| line.strip_prefix("E: ")).take(1).collect();
+        let why = if errors.is_empty() { complaints.join("; ") } else { errors.join("; ") };
+        bail!("mmdebstrap failed ({status}): {why}");
     }
     Ok(())
 }
@@ -233,6 +254,15 @@ fn remove_tree(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
         }
         _ => Ok(()),
     }
