@@ -14,6 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use crate::skip::skip;
 use crate::toolroot::ToolRoot;
 
 /// A network name space with its loopback up; it ends with the last process in it.
@@ -38,6 +39,15 @@ impl NetNs {
         let namespace = Self { file: Arc::new(file) };
         namespace.ip(root, "link set lo up")?;
         Ok(namespace)
+    }
+
+    /// An empty name space for a test, or `None` after the test was counted as skipped because it
+    /// has no right to make one.
+    #[must_use]
+    pub fn for_test(root: &ToolRoot) -> Option<Self> {
+        Self::new(root)
+            .inspect_err(|error| skip(&format!("no network name space (run as root): {error:#}")))
+            .ok()
     }
 
     /// Runs `ip` in the name space, with blanks between its arguments.
