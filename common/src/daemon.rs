@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::device::Device;
-use crate::metrics::QueueMetrics;
+use crate::metrics::{QueueMetrics, Registry};
 use crate::sys::EventFd;
 use crate::transport::Transport;
 use crate::vhost_user::session::{Ended, Session, SessionOptions};
@@ -37,6 +37,14 @@ impl Endpoint {
     pub fn new(device: Arc<dyn Device>, transport: Transport, options: SessionOptions) -> Self {
         let metrics = (0..device.queue_count()).map(|_| Arc::default()).collect();
         Self { device, transport, options, metrics }
+    }
+
+    /// The same endpoint, counted in `registry` under its device's name, for the metrics socket.
+    #[must_use]
+    pub fn counted_in(mut self, registry: &Registry) -> Self {
+        let device = registry.device(self.device.name());
+        self.metrics = (0..self.device.queue_count()).map(|i| device.queue(i)).collect();
+        self
     }
 }
 
