@@ -58,6 +58,8 @@ pub struct Disk {
     pub queue_size: u16,
     /// The write cache is on.
     pub writeback: bool,
+    /// Zeroing may give storage up.
+    pub unmap: bool,
 }
 
 impl ConfigSpace {
@@ -82,7 +84,7 @@ impl ConfigSpace {
             discard_sector_alignment: sectors(disk.discard_granularity).to_le(),
             max_write_zeroes_sectors: MAX_SEGMENT_SECTORS.to_le(),
             max_write_zeroes_seg: MAX_SEGMENTS.to_le(),
-            write_zeroes_may_unmap: 1,
+            write_zeroes_may_unmap: u8::from(disk.unmap),
             ..Self::default()
         }
     }
@@ -127,6 +129,7 @@ mod tests {
         num_queues: 4,
         queue_size: 256,
         writeback: true,
+        unmap: true,
     };
 
     fn bytes(offset: u32, len: usize) -> Vec<u8> {

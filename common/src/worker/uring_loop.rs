@@ -117,6 +117,12 @@ impl UringContext {
         self.deadline = deadline;
     }
 
+    /// When [`UringHandler::on_timer`] will be called.
+    #[must_use]
+    pub fn timer(&self) -> Option<Instant> {
+        self.deadline
+    }
+
     /// Moves what found no room before into the submission queue.
     #[inline]
     fn refill(&mut self) {
@@ -236,6 +242,7 @@ fn build_ring() -> io::Result<IoUring> {
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .setup_submit_all()
+        .setup_r_disabled()
         .setup_cqsize(CQ_ENTRIES)
         .build(SQ_ENTRIES)
         // Linux before 6.1.
@@ -243,7 +250,7 @@ fn build_ring() -> io::Result<IoUring> {
 }
 
 impl<H: UringHandler> UringLoop<H> {
-    /// A loop around `handler`. To be called on the thread that runs it: the ring has one issuer.
+    /// A loop around `handler`. The thread that runs it becomes the ring's one issuer.
     ///
     /// # Errors
     /// The kernel gives no ring.
@@ -266,6 +273,8 @@ impl<H: UringHandler> UringLoop<H> {
 
     /// Serves until the session is over. The whole life of a worker's thread.
     pub fn run(mut self, control: &Control) {
+        // Fails where the ring was made without being disabled, which is fine.
+        let _ = self.cx.ring.submitter().register_enable_rings();
         // SAFETY: a poll carries no pointer.
         unsafe { self.cx.push(poll(control.wake_fd()).user_data(TOKEN_CONTROL)) };
         if let Err(error) = self.handler.on_init(&mut self.cx) {

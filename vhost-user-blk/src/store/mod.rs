@@ -202,7 +202,8 @@ pub struct OpenOptions {
 }
 
 /// How to treat the host's page cache.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Cache {
     /// Bypass it where that is possible.
     #[default]

@@ -35,6 +35,8 @@ pub struct Job {
 pub struct Done {
     /// The worker's own number for the request.
     pub slot: u32,
+    /// It was a read: the data's place is in the chain's writable part.
+    pub read: bool,
     /// The data's place, for the worker to put back.
     pub data: IoVecs,
     /// How it went.
@@ -109,8 +111,9 @@ impl Pool {
                 Err(error) => {
                     let job = queue.jobs.pop_back();
                     drop(queue);
-                    if let Some(Job { slot, data, .. }) = job {
-                        self.shared.finish(Done { slot, data, result: Err(error) });
+                    if let Some(Job { slot, request, data, .. }) = job {
+                        let read = matches!(request, Request::Read { .. });
+                        self.shared.finish(Done { slot, read, data, result: Err(error) });
                     }
                 }
             }
@@ -153,8 +156,9 @@ impl Shared {
 
     fn work(&self) {
         while let Some(Job { slot, request, mut data, durable }) = self.next_job() {
+            let read = matches!(request, Request::Read { .. });
             let result = perform(&*self.image, request, &mut data, durable);
-            self.finish(Done { slot, data, result });
+            self.finish(Done { slot, read, data, result });
         }
     }
 }
