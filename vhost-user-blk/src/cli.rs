@@ -6,7 +6,7 @@ use clap::{Args, Parser, ValueEnum};
 use outboard_common::capabilities::Capabilities;
 use outboard_common::cli::values::Size;
 use outboard_common::cli::{
-    CapabilitiesArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs, WorkerArgs,
+    CapabilitiesArgs, ControlArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs, WorkerArgs,
 };
 use outboard_common::rate_limiter::Limit;
 
@@ -39,9 +39,12 @@ pub struct BlkArgs {
     /// Log.
     #[command(flatten)]
     pub log: LogArgs,
-    /// Metrics and control.
+    /// Metrics.
     #[command(flatten)]
     pub metrics: MetricsArgs,
+    /// Control.
+    #[command(flatten)]
+    pub control: ControlArgs,
     /// Sandbox.
     #[command(flatten)]
     pub sandbox: SandboxArgs,

@@ -24,8 +24,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use outboard_common::admin::AdminSockets;
-use outboard_common::daemon::{self, Endpoint};
-use outboard_common::device::Device;
+use outboard_common::daemon::{self, Endpoint, RunOptions};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
 use outboard_common::transport::Transport;
@@ -63,7 +62,7 @@ fn open_device(disk: &Disk, audience: &Arc<Audience>) -> anyhow::Result<Arc<BlkD
 /// The operator's mistakes, before any socket exists; and what the system refuses.
 pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     let disks = config::disks(args)?;
-    logging::init(&args.log)?;
+    logging::init(&args.log, "vhost-user-blk")?;
     let audience = Arc::new(Audience::default());
     let devices = disks
         .iter()
@@ -79,19 +78,18 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     let mut endpoints = Vec::new();
     for (disk, device) in disks.iter().zip(&devices) {
         let transport = Transport::open(&disk.socket)?;
-        let mut endpoint = Endpoint::new(device.clone(), transport, options.clone());
-        let metrics = registry.device(device.name());
-        endpoint.metrics = (0..device.queue_count()).map(|queue| metrics.queue(queue)).collect();
-        endpoints.push(endpoint);
+        let endpoint = Endpoint::new(device.clone(), transport, options.clone());
+        endpoints.push(endpoint.counted_in(&registry));
     }
     let admin = AdminSockets::bind(
         args.metrics.metrics_socket.as_deref(),
-        args.metrics.control_socket.as_deref(),
+        args.control.control_socket.as_deref(),
     )?;
 
     let admin = admin.serve(registry, Arc::new(BlkControl::new(devices.clone())))?;
     resize::watch(devices.clone(), audience).context("thread for sizes")?;
-    let served = daemon::run(endpoints, Some(Box::new(move || resize::check(&devices))));
+    let reload = Some(Box::new(move || resize::check(&devices)) as daemon::Reload);
+    let served = daemon::run(endpoints, RunOptions { reload, ..RunOptions::default() });
     if let Some(admin) = admin {
         admin.join();
     }
