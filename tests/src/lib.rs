@@ -2,7 +2,10 @@
 
 pub mod daemon;
 pub mod demo;
+pub mod driver;
+pub mod frontend;
 pub mod guests;
+pub mod memory;
 pub mod netns;
 pub mod peers;
 pub mod service;

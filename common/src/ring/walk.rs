@@ -98,7 +98,11 @@ pub(super) fn add_buffer(
         }
         &mut chain.readable
     };
-    if memory.append(addr, len, list) { Ok(()) } else { Err(RingError::Address { addr, len }) }
+    if memory.append(addr, len, flags & F_WRITE != 0, list) {
+        Ok(())
+    } else {
+        Err(RingError::Address { addr, len })
+    }
 }
 
 /// Where an indirect table is and how many entries it has.

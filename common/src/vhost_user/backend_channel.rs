@@ -20,6 +20,7 @@ use vhost::vhost_user::message::BackendReq;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::connection::{Connection, ReceiveError};
+use super::iotlb::IotlbBody;
 use super::wire::{FLAG_NEED_REPLY, Header};
 use crate::sys::EventFd;
 
@@ -135,6 +136,28 @@ impl BackendChannel {
     pub fn resume(&self) {
         self.interrupted.store(false, Ordering::SeqCst);
         self.interrupt.drain();
+    }
+
+    /// Whether callers are to give up.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::SeqCst)
+    }
+
+    /// Asks for the translation of `iova`, which comes as a message on the main socket.
+    ///
+    /// # Errors
+    /// The channel broke.
+    pub fn iotlb_miss(&self, iova: u64, perm: u8) -> Result<(), ChannelError> {
+        let body = IotlbBody {
+            iova,
+            size: 0,
+            user_addr: 0,
+            perm,
+            kind: super::iotlb::TYPE_MISS,
+            padding: [0; 6],
+        };
+        self.post(BackendReq::IOTLB_MSG, body.as_bytes())
     }
 
     /// Tells the front end that configuration space changed, so that it asks again and tells the

@@ -2,6 +2,7 @@
 
 pub mod backend_channel;
 pub mod connection;
+pub mod iotlb;
 pub mod memory;
 pub mod session;
 pub mod wire;

@@ -7,6 +7,7 @@
 use vhost::vhost_user::message::FrontendReq;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::iotlb::IotlbBody;
 use super::memory::RegionInfo;
 use crate::ring::VringAddresses;
 
@@ -233,6 +234,7 @@ pub enum Request {
     SendRarp([u8; 6]),
     NetSetMtu(u64),
     SetBackendReqFd,
+    Iotlb(IotlbBody),
     GetConfig {
         offset: u32,
         size: u32,
@@ -388,6 +390,7 @@ pub fn parse(code: u32, bytes: &[u8], fds: usize) -> Result<Request, WireError> 
         R::SEND_RARP => Request::SendRarp(body(code, bytes)?),
         R::NET_SET_MTU => Request::NetSetMtu(number(code, bytes)?),
         R::SET_BACKEND_REQ_FD => Request::SetBackendReqFd,
+        R::IOTLB_MSG => Request::Iotlb(body(code, bytes)?),
         R::GET_CONFIG => {
             let h: ConfigHeader = body(code, bytes)?;
             Request::GetConfig { offset: h.offset, size: h.size, flags: h.flags }

@@ -34,6 +34,7 @@ use self::migration::{Inflight, StateTransfer};
 use self::vring::Vring;
 use super::backend_channel::{BackendChannel, ChannelFeatures};
 use super::connection::{Connection, Message, ReceiveError};
+use super::iotlb::{Iotlb, IotlbBody};
 use super::memory::{
     DirtyLog, GuestMemory, MAX_MEM_SLOTS, MemoryError, Region, RegionInfo, SharedMemory,
 };
@@ -317,6 +318,7 @@ impl Session {
                 return self.transfer_state(direction, phase, fd);
             }
             Request::CheckDeviceState => return self.check_state(),
+            Request::Iotlb(body) => return self.update_iotlb(&body),
             Request::SetOwner | Request::SetLogFd => {}
             Request::ResetOwner => self.stop_all(),
             Request::SetFeatures(features) => self.set_features(features)?,
@@ -398,8 +400,10 @@ impl Session {
             .zip(fds)
             .map(|(info, fd)| Region::map(*info, fd).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
-        let log = self.memory.load().log().cloned();
-        self.memory.publish(GuestMemory::new(mapped, log)?);
+        let old = self.memory.load();
+        self.memory.publish(
+            GuestMemory::new(mapped, old.log().cloned())?.with_iotlb(old.iotlb().cloned()),
+        );
         Ok(())
     }
 
@@ -407,6 +411,28 @@ impl Session {
         let region = Region::map(info, fd.ok_or(MemoryError::NoFd)?)?;
         self.memory.publish(self.memory.load().with_region(region)?);
         Ok(())
+    }
+
+    /// IOTLB_MSG, always answered with a number. The first one shows that the guest has a virtual
+    /// IOMMU, and that addresses in rings are its I/O virtual ones.
+    fn update_iotlb(&mut self, body: &IotlbBody) -> Result<Reply, RequestError> {
+        let memory = self.memory.load();
+        let iotlb = match memory.iotlb() {
+            Some(iotlb) => iotlb.clone(),
+            None => {
+                self.stop_all();
+                let iotlb = Arc::new(Iotlb::default());
+                iotlb.set_channel(self.channel.clone());
+                self.memory.publish(memory.with_iotlb(Some(iotlb.clone())));
+                iotlb
+            }
+        };
+        refuse_unless(
+            iotlb.apply(body),
+            "an IOTLB message that is neither update nor invalidation",
+        )?;
+        self.start_ready();
+        Ok(Reply::Number(0))
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Result<Reply, RequestError> {
@@ -449,6 +475,9 @@ impl Session {
         let channel =
             BackendChannel::new(fd, features).map_err(|e| RequestError::Refused(e.to_string()))?;
         let channel = Arc::new(channel);
+        if let Some(iotlb) = self.memory.load().iotlb() {
+            iotlb.set_channel(Some(channel.clone()));
+        }
         self.channel = Some(channel.clone());
         self.device.set_channel(Some(channel));
         Ok(())
