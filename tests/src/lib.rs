@@ -1,5 +1,12 @@
 //! The testkit: everything that tests of several daemons share.
 
+pub mod daemon;
 pub mod driver;
 pub mod frontend;
+pub mod guests;
 pub mod memory;
+pub mod netns;
+pub mod peers;
+pub mod service;
+pub mod skip;
+pub mod toolroot;
