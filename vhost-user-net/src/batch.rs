@@ -2,12 +2,15 @@
 //!
 //! # Theory of operation
 //! One read or write of a tap is one frame, so a plain loop pays a system call for each. An io_uring
-//! takes a batch of them at once. The descriptor is non-blocking: the kernel does every operation at
-//! submission, in the order submitted, and none is ever left to wait. [`BatchIo::transfer`] returns
+//! takes a batch of them at once. No operation may wait (RWF_NOWAIT): the kernel does every one at
+//! submission, in the order submitted. [`BatchIo::transfer`] returns
 //! only when all results are there, so that the memory lent is free again. Without io_uring (an old
 //! kernel, a policy) the same interface does plain `readv` and `writev`, and so it does for a single
 //! frame, where the ring has nothing to save.
-#![allow(unsafe_code, reason = "hands guest memory to the kernel through io_uring and readv/writev")]
+#![allow(
+    unsafe_code,
+    reason = "hands guest memory to the kernel through io_uring and readv/writev"
+)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
@@ -17,6 +20,8 @@ use libc::{c_int, iovec};
 /// Frames in one batch at the most.
 pub const MAX_BATCH: usize = 64;
 const RING_ENTRIES: u32 = 64;
+/// Never wait: without it io_uring waits even where the descriptor is non-blocking.
+const NO_WAIT: i32 = libc::RWF_NOWAIT;
 
 /// The memory of one frame.
 #[derive(Debug, Default)]
@@ -136,7 +141,9 @@ impl BatchIo {
             None
         } else {
             ring(fd)
-                .inspect_err(|error| tracing::debug!(%error, "no io_uring: one system call a frame"))
+                .inspect_err(
+                    |error| tracing::debug!(%error, "no io_uring: one system call a frame"),
+                )
                 .ok()
         };
         Self { ring, fd, results: Vec::new() }
@@ -154,6 +161,12 @@ impl BatchIo {
             Some(ring) if frames.len() > 1 && frames.len() <= MAX_BATCH => {
                 // SAFETY: as the caller promised.
                 unsafe { in_ring(ring, kind, frames, &mut self.results) };
+                if self.results.first() == Some(&-libc::EOPNOTSUPP) {
+                    // A device driver that knows no RWF_NOWAIT. None of the batch was done.
+                    self.ring = None;
+                    // SAFETY: as the caller promised.
+                    unsafe { one_by_one(self.fd, kind, frames, &mut self.results) };
+                }
             }
             _ => {
                 // SAFETY: as the caller promised.
@@ -173,12 +186,16 @@ unsafe fn in_ring(ring: &mut IoUring, kind: Transfer, frames: &[FrameMemory], re
         for (i, frame) in frames.iter().enumerate() {
             let (parts, count) = (frame.parts.as_ptr(), frame.count());
             let entry = match (kind, frame.parts.as_slice()) {
-                (Transfer::Read, _) => opcode::Readv::new(file, parts, count).build(),
+                (Transfer::Read, _) => {
+                    opcode::Readv::new(file, parts, count).rw_flags(NO_WAIT).build()
+                }
                 (Transfer::Write, [only]) => {
                     let len = u32::try_from(only.iov_len).unwrap_or(u32::MAX);
-                    opcode::Write::new(file, only.iov_base.cast(), len).build()
+                    opcode::Write::new(file, only.iov_base.cast(), len).rw_flags(NO_WAIT).build()
                 }
-                (Transfer::Write, _) => opcode::Writev::new(file, parts, count).build(),
+                (Transfer::Write, _) => {
+                    opcode::Writev::new(file, parts, count).rw_flags(NO_WAIT).build()
+                }
             };
             // SAFETY: the memory outlives this function, which returns only with every result; the
             // queue has RING_ENTRIES = MAX_BATCH places and is empty between calls.
@@ -198,7 +215,8 @@ unsafe fn in_ring(ring: &mut IoUring, kind: Transfer, frames: &[FrameMemory], re
             left = left.saturating_sub(1);
         }
         if let Err(error) = waited {
-            let again = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY));
+            let again =
+                matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY));
             assert!(again, "io_uring_enter on a ring of ours fails: {error}");
         }
     }
@@ -207,7 +225,7 @@ unsafe fn in_ring(ring: &mut IoUring, kind: Transfer, frames: &[FrameMemory], re
 /// # Safety
 /// All memory of `frames` is mapped until this returns.
 unsafe fn one_by_one(fd: RawFd, kind: Transfer, frames: &[FrameMemory], results: &mut [i32]) {
-    for (frame, result) in frames.iter().zip(results) {
+    for (frame, result) in frames.iter().zip(results.iter_mut()) {
         let count = c_int::try_from(frame.parts.len()).unwrap_or(c_int::MAX);
         let parts = frame.parts.as_ptr();
         let bytes = match kind {

@@ -181,7 +181,8 @@ mod tests {
         let line = "vhost-user-net --socket-path=/s --tap t0 --netns /run/netns/a --queue-pairs 2 \
                     --mac 52:54:00:12:34:56 --mtu 9000 --speed 10000 --allow-ip 10.0.0.5,fd00::/64 \
                     --tx-packets 1K --pcap /f --pcap-size 1M";
-        let Ok(Parsed::Arguments(cli)) = parse::<Cli>(line.split_whitespace().map(Into::into)) else {
+        let Ok(Parsed::Arguments(cli)) = parse::<Cli>(line.split_whitespace().map(Into::into))
+        else {
             panic!("refused");
         };
         assert_eq!(cli.backend.queue_pairs.get(), 2);

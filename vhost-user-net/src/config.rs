@@ -31,7 +31,12 @@ pub struct NetConfig {
 impl NetConfig {
     /// The configuration of a device whose link is up.
     #[must_use]
-    pub fn new(mac: Option<MacAddr>, pairs: u16, mtu: Option<u16>, speed_mbps: Option<u32>) -> Self {
+    pub fn new(
+        mac: Option<MacAddr>,
+        pairs: u16,
+        mtu: Option<u16>,
+        speed_mbps: Option<u32>,
+    ) -> Self {
         Self {
             mac: mac.map_or([0; 6], |m| m.0),
             status: S_LINK_UP.into(),
@@ -95,7 +100,8 @@ mod tests {
 
     #[test]
     fn the_layout_is_the_specifications() {
-        let mut config = NetConfig::new(Some(MacAddr([2, 3, 4, 5, 6, 7])), 4, Some(1500), Some(25000));
+        let mut config =
+            NetConfig::new(Some(MacAddr([2, 3, 4, 5, 6, 7])), 4, Some(1500), Some(25000));
         let mut out = [0xff; 30];
         config.read(0, &mut out);
         assert_eq!(out[..6], [2, 3, 4, 5, 6, 7]);

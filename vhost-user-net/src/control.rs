@@ -226,7 +226,10 @@ pub fn parse(bytes: &[u8], negotiated: Negotiated) -> Result<Command, ControlErr
             let mac: MacAddr = raw.exactly()?;
             if mac.is_station() { Ok(Command::MacAddr(mac)) } else { Err(raw.bad_value()) }
         }
-        (v::VIRTIO_NET_CTRL_VLAN, c @ (v::VIRTIO_NET_CTRL_VLAN_ADD | v::VIRTIO_NET_CTRL_VLAN_DEL)) => {
+        (
+            v::VIRTIO_NET_CTRL_VLAN,
+            c @ (v::VIRTIO_NET_CTRL_VLAN_ADD | v::VIRTIO_NET_CTRL_VLAN_DEL),
+        ) => {
             needs(v::VIRTIO_NET_F_CTRL_VLAN)?;
             let id = raw.exactly::<U16>()?.get();
             let on = c == v::VIRTIO_NET_CTRL_VLAN_ADD;

@@ -42,11 +42,13 @@ impl Cidr {
     fn network(self) -> IpAddr {
         match self.address {
             IpAddr::V4(a) => {
-                let mask = u32::MAX.checked_shl(32u32.saturating_sub(self.bits.into())).unwrap_or(0);
+                let mask =
+                    u32::MAX.checked_shl(32u32.saturating_sub(self.bits.into())).unwrap_or(0);
                 IpAddr::V4(Ipv4Addr::from_bits(a.to_bits() & mask))
             }
             IpAddr::V6(a) => {
-                let mask = u128::MAX.checked_shl(128u32.saturating_sub(self.bits.into())).unwrap_or(0);
+                let mask =
+                    u128::MAX.checked_shl(128u32.saturating_sub(self.bits.into())).unwrap_or(0);
                 IpAddr::V6(Ipv6Addr::from_bits(a.to_bits() & mask))
             }
         }
@@ -194,13 +196,15 @@ impl SourceFilter {
         if self.ranges.is_empty() {
             return Ok(());
         }
-        let address = array(packet, 14).map(Ipv4Addr::from_octets).ok_or(Spoof::Protocol)?;
+        let address =
+            array(packet, 14).map(|a: [u8; 4]| Ipv4Addr::from(a)).ok_or(Spoof::Protocol)?;
         // A probe for duplicates asks from nowhere. RFC 5227, 2.1.1.
         if address.is_unspecified() { Ok(()) } else { self.check_ip(address.into()) }
     }
 
     fn check_ipv4(&self, packet: &[u8]) -> Result<(), Spoof> {
-        let address = array(packet, 12).map(Ipv4Addr::from_octets).ok_or(Spoof::Protocol)?;
+        let address =
+            array(packet, 12).map(|a: [u8; 4]| Ipv4Addr::from(a)).ok_or(Spoof::Protocol)?;
         if address.is_unspecified() && is_dhcp_request(packet) {
             return Ok(());
         }
@@ -208,10 +212,11 @@ impl SourceFilter {
     }
 
     fn check_ipv6(&self, packet: &[u8]) -> Result<(), Spoof> {
-        let address = array(packet, 8).map(Ipv6Addr::from_octets).ok_or(Spoof::Protocol)?;
+        let address =
+            array(packet, 8).map(|a: [u8; 16]| Ipv6Addr::from(a)).ok_or(Spoof::Protocol)?;
         let speaks_ipv6 = self.ranges.iter().any(|range| range.address.is_ipv6());
         let own = |a: Ipv6Addr| speaks_ipv6 && a.is_unicast_link_local();
-        if !own(address) && !(speaks_ipv6 && address.is_unspecified()) {
+        if !(own(address) || speaks_ipv6 && address.is_unspecified()) {
             self.check_ip(address.into())?;
         }
         let Some(message) = icmpv6(packet)? else { return Ok(()) };
@@ -220,7 +225,9 @@ impl SourceFilter {
             Some(134 | 137) => Err(Spoof::Protocol),
             // A neighbour advertisement speaks for its target.
             Some(136) => {
-                let target = array(message, 8).map(Ipv6Addr::from_octets).ok_or(Spoof::Protocol)?;
+                let target = array(message, 8)
+                    .map(|a: [u8; 16]| Ipv6Addr::from(a))
+                    .ok_or(Spoof::Protocol)?;
                 if own(target) { Ok(()) } else { self.check_ip(target.into()) }
             }
             Some(_) => Ok(()),
@@ -235,7 +242,10 @@ fn is_dhcp_request(packet: &[u8]) -> bool {
     let header = usize::from(first & 0x0f).saturating_mul(4);
     let whole = number(packet, 6).is_some_and(|f| f & 0x3fff == 0);
     let ports = packet.get(header..).unwrap_or(&[]);
-    packet.get(9) == Some(&17) && whole && number(ports, 0) == Some(68) && number(ports, 2) == Some(67)
+    packet.get(9) == Some(&17)
+        && whole
+        && number(ports, 0) == Some(68)
+        && number(ports, 2) == Some(67)
 }
 
 /// The ICMPv6 message of an IPv6 packet, behind its extension headers; `None`: another protocol.

@@ -36,7 +36,9 @@ pub const GSO_UDP_L4: u8 = 5;
 pub const GSO_ECN: u8 = 0x80;
 
 /// The header as it lies in guest memory. Virtio 1.3, 5.1.6.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct NetHeader {
     /// `VIRTIO_NET_HDR_F_*`.
@@ -141,8 +143,7 @@ impl NetHeader {
         if usize::from(self.hdr_len.get()) > frame_len {
             return Err(HeaderFault::HeaderLength(self.hdr_len.get()));
         }
-        let refused =
-            HeaderFault::NotNegotiated { flags: self.flags, gso_type: self.gso_type };
+        let refused = HeaderFault::NotNegotiated { flags: self.flags, gso_type: self.gso_type };
         if self.flags & F_NEEDS_CSUM != 0 {
             if !allowed.has(v::VIRTIO_NET_F_CSUM) {
                 return Err(refused);
@@ -179,12 +180,13 @@ impl NetHeader {
 /// Bytes of header before each frame with these negotiated features. Virtio 1.3, 5.1.6.1.
 #[must_use]
 pub const fn header_size(features: u64) -> usize {
-    let modern = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1
-        | 1 << v::VIRTIO_NET_F_MRG_RXBUF;
+    let modern =
+        1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1 | 1 << v::VIRTIO_NET_F_MRG_RXBUF;
     if features & modern != 0 { HEADER_SIZE } else { LEGACY_HEADER_SIZE }
 }
 
 #[cfg(test)]
+#[allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "a test may panic")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -38,7 +38,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use outboard_common::admin::AdminSockets;
 use outboard_common::capabilities::Capabilities;
-use outboard_common::daemon::{self, Endpoint};
+use outboard_common::daemon::{self, Endpoint, RunOptions};
 use outboard_common::metrics::Registry;
 use outboard_common::rate_limiter::{DirectionLimits, Limits, RateLimiter};
 use outboard_common::sys::inherited_fd;
@@ -72,7 +72,8 @@ pub const CAPABILITIES: Capabilities = Capabilities { device_type: "net", featur
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     outboard_common::logging::init(&cli.log, PROGRAM)?;
     // Inherited descriptors first, before anything of ours takes their numbers.
-    let choice = cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
+    let choice =
+        cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
     let taps = cli.backend.tap_fd.iter().map(|&fd| inherit(fd)).collect::<Result<Vec<_>, _>>()?;
     let backend = open_backend(&cli, taps)?;
     let transport = Transport::open(&choice)?;
@@ -82,17 +83,16 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     )?;
     let registry = Arc::new(Registry::new(PROGRAM));
     let device = Arc::new(make_device(&cli, backend, &registry)?);
-    let options = SessionOptions {
-        workers: WorkerOptions::from(&cli.workers),
-        inband_notifications: false,
-    };
+    let options =
+        SessionOptions { workers: WorkerOptions::from(&cli.workers), inband_notifications: false };
     let endpoint = Endpoint::new(device.clone(), transport, options).counted_in(&registry);
     let _admin = admin.serve(registry, Arc::new(Operator::new(device)))?;
-    daemon::run(vec![endpoint], None)
+    daemon::run(vec![endpoint], RunOptions::default())
 }
 
 fn inherit(fd: i32) -> anyhow::Result<OwnedFd> {
-    let fd = inherited_fd(fd).with_context(|| format!("--tap-fd {fd} is not an open descriptor"))?;
+    let fd =
+        inherited_fd(fd).with_context(|| format!("--tap-fd {fd} is not an open descriptor"))?;
     rustix::io::ioctl_fionbio(&fd, true).context("cannot make the tap descriptor non-blocking")?;
     Ok(fd)
 }

@@ -209,7 +209,8 @@ impl Interfaces {
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Self> {
         use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
-        let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        let socket =
+            socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
         Ok(Self(socket))
     }
 
@@ -312,7 +313,9 @@ pub fn in_network_namespace<T: Send>(
         let inside = scope.spawn(move || {
             move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
                 .map_err(io::Error::from)
-                .with_context(|| format!("cannot enter the network namespace {}", path.display()))?;
+                .with_context(|| {
+                    format!("cannot enter the network namespace {}", path.display())
+                })?;
             work()
         });
         // A panic in `work` goes on in the caller.

@@ -65,7 +65,8 @@ impl NetWorker {
     /// # Errors
     /// There is no such pair, or the process is out of descriptors.
     pub fn new(shared: Arc<Shared>, pair: u16) -> anyhow::Result<Self> {
-        let fd = shared.backend.queue(pair).ok_or_else(|| anyhow::anyhow!("no queue pair {pair}"))?;
+        let fd =
+            shared.backend.queue(pair).ok_or_else(|| anyhow::anyhow!("no queue pair {pair}"))?;
         let fd = fd.try_clone_to_owned()?;
         let metrics = shared.metrics.get(usize::from(pair)).cloned().unwrap_or_default();
         let rx = RxSide::new(shared.clone(), metrics.clone());

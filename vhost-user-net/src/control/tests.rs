@@ -1,4 +1,10 @@
 //! Commands of every kind, right and wrong, and the filter they make.
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "a test may panic"
+)]
 
 use super::*;
 use proptest::prelude::*;
@@ -125,9 +131,8 @@ fn the_filter_follows_modes_and_tables() {
     assert!(filter.is_open() && filter.accepts(&frame(other, None)));
     filter.apply(&Command::RxMode(RxMode::Promiscuous, false));
     assert!(!filter.is_open());
-    let accepted = |f: &RxFilter| {
-        [me.0, other, group, [0xff; 6]].map(|to| f.accepts(&frame(to, None)))
-    };
+    let accepted =
+        |f: &RxFilter| [me.0, other, group, [0xff; 6]].map(|to| f.accepts(&frame(to, None)));
     assert_eq!(accepted(&filter), [true, false, false, true]);
     filter.apply(&Command::RxMode(RxMode::AllMulticast, true));
     assert_eq!(accepted(&filter), [true, false, true, true]);

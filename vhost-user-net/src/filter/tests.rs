@@ -1,4 +1,10 @@
 //! Honest and forged frames.
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "a test may panic"
+)]
 
 use super::*;
 use proptest::prelude::*;
@@ -112,7 +118,9 @@ fn addresses_are_parsed_strictly() {
     let error = "10.0.0.5/8".parse::<Cidr>().unwrap_err();
     assert!(error.to_string().ends_with("write 10.0.0.0/8"), "{error}");
     assert_eq!("52:54:00:12:34:56".parse(), Ok(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56])));
-    for bad in ["", "52:54:00:12:34", "52:54:00:12:34:56:78", "52:54:00:12:34:5", "+2:54:00:12:34:56"] {
+    for bad in
+        ["", "52:54:00:12:34", "52:54:00:12:34:56:78", "52:54:00:12:34:5", "+2:54:00:12:34:56"]
+    {
         assert_eq!(bad.parse::<MacAddr>(), Err(AddressError::Mac), "{bad}");
     }
     assert_eq!("01:00:5e:00:00:01".parse::<MacAddr>(), Err(AddressError::NoStation));

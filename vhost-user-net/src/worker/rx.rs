@@ -127,7 +127,8 @@ impl RxSide {
         let mut left = BUDGET;
         loop {
             let (frames, bytes) = self.owed;
-            if let Err(at) = self.shared.limiter.try_take(Direction::Read, frames, bytes, Instant::now)
+            if let Err(at) =
+                self.shared.limiter.try_take(Direction::Read, frames, bytes, Instant::now)
             {
                 return Turn::Limited(at);
             }
@@ -285,7 +286,9 @@ impl RxSide {
     }
 
     fn record(&self, at: usize, len: usize) {
-        let (Some(capture), Some(frame)) = (&self.shared.capture, self.frames.get(at)) else { return };
+        let (Some(capture), Some(frame)) = (&self.shared.capture, self.frames.get(at)) else {
+            return;
+        };
         capture.record(len - self.header_size, |out, most| {
             // SAFETY: as in `wants`.
             unsafe { frame.copy_to(self.header_size, most, out) };

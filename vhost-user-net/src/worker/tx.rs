@@ -98,7 +98,8 @@ impl TxSide {
                 return (count, Some(Turn::Done));
             }
             let bytes = slot.chain.readable.len() as u64;
-            if let Err(at) = self.shared.limiter.try_take(Direction::Write, 1, bytes, Instant::now) {
+            if let Err(at) = self.shared.limiter.try_take(Direction::Write, 1, bytes, Instant::now)
+            {
                 queue.unpop(&mut slot.chain);
                 return (count, Some(Turn::Limited(at)));
             }
