@@ -12,6 +12,7 @@ use std::ffi::{c_int, c_void};
 /// What runs on is read again from the page cache, page by page, so call this once, when the
 /// daemon begins to wait for its front end.
 pub fn give_back_startup_memory() {
+    #[cfg(target_env = "gnu")]
     // SAFETY: trims free memory of the C library's allocator.
     unsafe { libc::malloc_trim(0) };
     advise_on_clean_segments(libc::MADV_DONTNEED);
