@@ -14,7 +14,9 @@ use std::ffi::{c_int, c_void};
 pub fn give_back_startup_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: trims free memory of the C library's allocator.
-    unsafe { libc::malloc_trim(0) };
+    unsafe {
+        libc::malloc_trim(0)
+    };
     advise_on_clean_segments(libc::MADV_DONTNEED);
 }
 
