@@ -1,1 +1,3 @@
-//! Outboard `virtiofsd`: see the crate's README section.
+//! Outboard's `virtiofsd`: a directory of the host as a virtio-fs device.
+
+pub mod fuse;
