@@ -183,6 +183,10 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         self.init(FsOptions::from_bits_truncate(capable)).map(|options| options.bits())
     }
 
+    /// Called once on every thread that is about to call the other methods: queue workers and slow
+    /// threads. The place for per-thread state such as `unshare(CLONE_FS)`.
+    fn on_thread(&self) {}
+
     /// Whether `op` may wait so long (disk, network, big copy) that it goes to a slow thread. READ and
     /// WRITE are asked with [`Wait`] instead, and SETLKW never waits: the server tries `setlk` again.
     fn waits(&self, op: Opcode) -> bool {
@@ -313,6 +317,23 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         args: CreateIn,
     ) -> io::Result<Created> {
         Err(not_supported())
+    }
+
+    /// SETXATTR; with `kill_sgid` the set-group-id bit goes too (FUSE_SETXATTR_ACL_KILL_SGID: an
+    /// access ACL was set by a caller outside the file's group).
+    ///
+    /// # Errors
+    /// The reply's errno.
+    fn setxattr_with(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_sgid: bool,
+    ) -> io::Result<()> {
+        self.setxattr(ctx, inode, name, value, flags)
     }
 
     /// STATX: `mask` and `flags` as in `statx(2)`; returns the attributes and how long they hold.
