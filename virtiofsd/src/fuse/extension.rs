@@ -234,6 +234,12 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         0
     }
 
+    /// `FOPEN_*` flags for OPEN, CREATE and TMPFILE replies that upstream's `OpenOptions` lacks, such as
+    /// `FOPEN_NOFLUSH` and `FOPEN_PARALLEL_DIRECT_WRITES`; added to those returned with `handle`.
+    fn open_flags(&self, inode: u64, handle: Option<u64>, flags: u32) -> u32 {
+        0
+    }
+
     /// FORGET and BATCH_FORGET: pairs of inode and count.
     fn forget_each(&self, ctx: &Context, requests: &mut dyn Iterator<Item = (u64, u64)>) {
         for (inode, count) in requests {
