@@ -2,19 +2,33 @@
 //!
 //! | room | what it holds |
 //! |---|---|
+//! | [`daemon`] | a daemon's life: sessions, signals, the start-up order |
+//! | [`transport`] | listen, dial, sockets passed by number |
 //! | [`device`] | what a device back end is: the trait each daemon implements |
 //! | [`vhost_user`] | the protocol: messages, session, guest memory, back-end channel |
 //! | [`ring`] | virtqueues, split and packed; inflight record; notification |
 //! | [`worker`] | threads that own queues; the epoll loop |
 //! | [`metrics`] | counters |
+//! | [`admin`] | the sockets on which metrics are read and settings changed |
+//! | [`rate_limiter`] | limits on operations and bytes a second |
+//! | [`sandbox`] | how a daemon locks itself in, stage by stage |
+//! | [`cli`], [`capabilities`], [`logging`] | what every program shares: arguments, errors, log |
 //! | [`sys`] | event descriptors and system calls |
 //!
 //! Invariants: a queue belongs to one worker; nothing a guest writes can panic or end the process;
 //! nothing is acknowledged before it is done.
 
+pub mod admin;
+pub mod capabilities;
+pub mod cli;
+pub mod daemon;
 pub mod device;
+pub mod logging;
 pub mod metrics;
+pub mod rate_limiter;
 pub mod ring;
+pub mod sandbox;
 pub mod sys;
+pub mod transport;
 pub mod vhost_user;
 pub mod worker;

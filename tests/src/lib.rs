@@ -1,1 +1,9 @@
 //! The testkit: everything that tests of several daemons share.
+
+pub mod daemon;
+pub mod guests;
+pub mod netns;
+pub mod peers;
+pub mod service;
+pub mod skip;
+pub mod toolroot;

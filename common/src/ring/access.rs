@@ -91,7 +91,7 @@ impl RingMemory {
 /// is checked is what is used.
 #[inline]
 fn copy16(p: *const u8) -> [u64; 2] {
-    if p.addr() % 8 != 0 {
+    if !p.addr().is_multiple_of(8) {
         // Only a strange guest's indirect table: slow is fine.
         // SAFETY: mapped; a byte array needs no alignment.
         let bytes = unsafe { p.cast::<[u8; 16]>().read_volatile() };

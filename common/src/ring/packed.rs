@@ -199,13 +199,13 @@ impl PackedRing {
             let d = self.desc.packed_descriptor(at.index, flags);
             count += 1;
             at = at.plus(1, self.size);
-            if fault.is_none() {
-                if let Err(e) = self.add(memory, chain, &d, count) {
-                    if !e.is_chain_only() {
-                        return Err((e, None));
-                    }
-                    fault = Some(e);
+            if fault.is_none()
+                && let Err(e) = self.add(memory, chain, &d, count)
+            {
+                if !e.is_chain_only() {
+                    return Err((e, None));
                 }
+                fault = Some(e);
             }
             if d.flags & F_NEXT == 0 {
                 break d.id;

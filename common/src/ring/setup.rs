@@ -78,7 +78,7 @@ fn area(
     align: usize,
 ) -> Result<RingMemory, SetupError> {
     let error = SetupError::Area { area: name, addr };
-    let base = view.get().translate_user(addr, len as u64).ok_or(error)?;
+    let base = view.get().translate_ring(addr, len as u64).ok_or(error)?;
     if base.addr() % align != 0 {
         return Err(error);
     }

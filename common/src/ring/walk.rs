@@ -98,7 +98,11 @@ pub(super) fn add_buffer(
         }
         &mut chain.readable
     };
-    if memory.append(addr, len, list) { Ok(()) } else { Err(RingError::Address { addr, len }) }
+    if memory.append(addr, len, flags & F_WRITE != 0, list) {
+        Ok(())
+    } else {
+        Err(RingError::Address { addr, len })
+    }
 }
 
 /// Where an indirect table is and how many entries it has.
@@ -108,7 +112,7 @@ pub(super) fn indirect_table(
     len: u32,
 ) -> Result<(*const u8, u32), RingError> {
     let entries = len / 16;
-    if len == 0 || len % 16 != 0 || entries > MAX_CHAIN {
+    if len == 0 || !len.is_multiple_of(16) || entries > MAX_CHAIN {
         return Err(RingError::BadIndirect(len));
     }
     let table = memory.translate(addr, u64::from(len)).ok_or(RingError::Address { addr, len })?;

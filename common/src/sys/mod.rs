@@ -1,5 +1,7 @@
 //! System calls that no safe wrapper covers, and the event fd on which all waking rests.
 
 mod event_fd;
+mod inherited;
 
 pub use event_fd::EventFd;
+pub use inherited::inherited_fd;

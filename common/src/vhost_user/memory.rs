@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::iotlb::{Iotlb, PERM_READ, PERM_WRITE};
 use crate::ring::IoVecs;
 
 /// Regions a front end may share, also the answer to GET_MAX_MEM_SLOTS. QEMU stops at 512.
@@ -158,6 +159,8 @@ pub struct GuestMemory {
     /// Sorted by guest address, no overlaps.
     regions: Vec<Arc<Region>>,
     log: Option<Arc<DirtyLog>>,
+    /// Addresses in rings are I/O virtual ones.
+    iotlb: Option<Arc<Iotlb>>,
 }
 
 impl GuestMemory {
@@ -178,7 +181,7 @@ impl GuestMemory {
                 return Err(MemoryError::Overlap(pair[1].info.guest_addr));
             }
         }
-        Ok(Self { regions, log })
+        Ok(Self { regions, log, iotlb: None })
     }
 
     /// The regions, by guest address.
@@ -201,7 +204,7 @@ impl GuestMemory {
     pub fn with_region(&self, region: Region) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
         regions.push(Arc::new(region));
-        Self::new(regions, self.log.clone())
+        Ok(Self::new(regions, self.log.clone())?.with_iotlb(self.iotlb.clone()))
     }
 
     /// The same table without the region that `info` describes (its mmap offset and descriptor do
@@ -220,13 +223,25 @@ impl GuestMemory {
             .ok_or(MemoryError::NotFound(info.guest_addr))?;
         let mut regions = self.regions.clone();
         regions.remove(at);
-        Ok(Self { regions, log: self.log.clone() })
+        Ok(Self { regions, log: self.log.clone(), iotlb: self.iotlb.clone() })
     }
 
     /// The same table with another log.
     #[must_use]
     pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Self {
-        Self { regions: self.regions.clone(), log }
+        Self { regions: self.regions.clone(), log, iotlb: self.iotlb.clone() }
+    }
+
+    /// The same table with another translation of I/O virtual addresses.
+    #[must_use]
+    pub fn with_iotlb(&self, iotlb: Option<Arc<Iotlb>>) -> Self {
+        Self { regions: self.regions.clone(), log: self.log.clone(), iotlb }
+    }
+
+    /// The translation of I/O virtual addresses, behind a virtual IOMMU.
+    #[must_use]
+    pub fn iotlb(&self) -> Option<&Arc<Iotlb>> {
+        self.iotlb.as_ref()
     }
 
     #[inline]
@@ -242,22 +257,35 @@ impl GuestMemory {
         inside.then_some(region)
     }
 
-    /// Where `len` bytes of guest memory at `guest_addr` are, when one region holds them all.
+    /// Where `len` bytes at the address `addr` of a ring's descriptor are, when they are contiguous here.
     #[inline]
     #[must_use]
-    pub fn translate(&self, guest_addr: u64, len: u64) -> Option<*mut u8> {
-        let region = self.find(guest_addr)?;
-        let offset = guest_addr - region.info.guest_addr;
+    pub fn translate(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        if let Some(iotlb) = &self.iotlb {
+            let (user_addr, contiguous) = iotlb.resolve(addr, PERM_READ)?;
+            return if len <= contiguous { self.translate_user(user_addr, len) } else { None };
+        }
+        let region = self.find(addr)?;
+        let offset = addr - region.info.guest_addr;
         (len <= region.info.size - offset).then(|| region.at(offset))
     }
 
-    /// Appends `len` bytes of guest memory at `guest_addr` to `out`, across neighbouring regions if
-    /// need be. False, with `out` in an unspecified but valid state, when any byte is not mapped.
+    /// Appends `len` bytes at the address `addr` of a ring's descriptor to `out`, across neighbouring
+    /// regions if need be; `write` if the device will write them. False, with `out` in an
+    /// unspecified but valid state, when any byte is not mapped.
     #[inline]
     #[must_use]
-    pub fn append(&self, guest_addr: u64, len: u32, out: &mut IoVecs) -> bool {
+    pub fn append(&self, addr: u64, len: u32, write: bool, out: &mut IoVecs) -> bool {
+        if self.iotlb.is_some() {
+            return self.append_iova(addr, u64::from(len), write, out);
+        }
+        self.append_guest(addr, u64::from(len), out)
+    }
+
+    #[inline]
+    fn append_guest(&self, guest_addr: u64, len: u64, out: &mut IoVecs) -> bool {
         let mut addr = guest_addr;
-        let mut left = u64::from(len);
+        let mut left = len;
         while left > 0 {
             let Some(region) = self.find(addr) else { return false };
             let offset = addr - region.info.guest_addr;
@@ -271,6 +299,50 @@ impl GuestMemory {
             addr = next;
         }
         true
+    }
+
+    #[cold]
+    fn append_iova(&self, iova: u64, len: u64, write: bool, out: &mut IoVecs) -> bool {
+        let Some(iotlb) = &self.iotlb else { return false };
+        let perm = if write { PERM_WRITE } else { PERM_READ };
+        let (mut iova, mut left) = (iova, len);
+        while left > 0 {
+            let Some((user_addr, contiguous)) = iotlb.resolve(iova, perm) else { return false };
+            let n = left.min(contiguous);
+            let (Some(host), Ok(n_host)) = (self.translate_user(user_addr, n), usize::try_from(n))
+            else {
+                return false;
+            };
+            // SAFETY: `translate_user` found all n bytes in one mapped region of this table.
+            unsafe { out.push(host, n_host) };
+            left -= n;
+            let Some(next) = iova.checked_add(n) else { return left == 0 };
+            iova = next;
+        }
+        true
+    }
+
+    /// Where the `len` bytes of a ring's area are that SET_VRING_ADDR gave as `addr`: an address of the
+    /// front end's own, or an I/O virtual one. Asks for a translation that is missing, but does
+    /// not wait for it.
+    #[must_use]
+    pub fn translate_ring(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        let Some(iotlb) = &self.iotlb else { return self.translate_user(addr, len) };
+        // Pieces may be as small as pages: all must be there, in one run of the front end's memory.
+        let (mut done, mut start) = (0u64, None);
+        while done < len {
+            let iova = addr.checked_add(done)?;
+            let Some((user_addr, contiguous)) = iotlb.lookup(iova, PERM_READ) else {
+                iotlb.request(iova, PERM_READ | PERM_WRITE);
+                return None;
+            };
+            let first = *start.get_or_insert(user_addr);
+            if user_addr != first.checked_add(done)? {
+                return None;
+            }
+            done = done.saturating_add(contiguous);
+        }
+        self.translate_user(start?, len)
     }
 
     /// Where `len` bytes at the front end's own address `user_addr` are (ring addresses come so).
@@ -295,10 +367,10 @@ impl GuestMemory {
     /// Marks `len` bytes at a host pointer of this table as written, when a log is set.
     #[inline]
     pub fn mark_dirty(&self, host: *const u8, len: usize) {
-        if let Some(log) = &self.log {
-            if let Some(guest_addr) = self.guest_addr_of(host) {
-                log.mark(guest_addr, len as u64);
-            }
+        if let Some(log) = &self.log
+            && let Some(guest_addr) = self.guest_addr_of(host)
+        {
+            log.mark(guest_addr, len as u64);
         }
     }
 }
@@ -421,9 +493,5 @@ impl MemoryView {
     #[inline]
     pub(crate) fn get(&self) -> &GuestMemory {
         &self.current
-    }
-
-    pub(crate) fn shared(&self) -> Arc<SharedMemory> {
-        self.shared.clone()
     }
 }

@@ -346,10 +346,10 @@ impl<H: QueueHandler> EventLoop<H> {
             self.poll_kickless();
             return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
         }
-        if !poll.is_zero() {
-            if let Some(n) = self.spin(events, poll)? {
-                return Ok(n);
-            }
+        if !poll.is_zero()
+            && let Some(n) = self.spin(events, poll)?
+        {
+            return Ok(n);
         }
         let timeout = self.cx.deadline.map(|d| d.saturating_duration_since(Instant::now()));
         wait_for(self.cx.epoll, timeout, events)

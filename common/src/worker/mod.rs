@@ -22,3 +22,13 @@ pub struct WorkerOptions {
     /// CPUs the threads may run on, one for each worker in turn; empty: anywhere.
     pub cpus: Vec<usize>,
 }
+
+impl From<&crate::cli::WorkerArgs> for WorkerOptions {
+    fn from(args: &crate::cli::WorkerArgs) -> Self {
+        let cpus = args
+            .cpu_affinity
+            .as_ref()
+            .map_or_else(Vec::new, |list| list.cpus().iter().map(|&c| usize::from(c)).collect());
+        Self { poll: args.poll(), cpus }
+    }
+}

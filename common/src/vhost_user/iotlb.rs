@@ -1,0 +1,201 @@
+//! Translation of I/O virtual addresses, for guests that put the device behind a virtual IOMMU.
+//!
+//! # Theory of operation
+//! With ACCESS_PLATFORM and a virtual IOMMU, ring and buffer addresses are I/O virtual ones. The front
+//! end tells us pieces of the mapping (IOTLB_MSG update), takes them back (invalidate), and is asked
+//! for what is missing (IOTLB_MISS on the back-end channel); its answer is an update on the main
+//! socket, which the session thread stores here while the worker that asked waits, for a limited
+//! time. Without a virtual IOMMU no IOTLB_MSG ever comes, and this room stays empty: the first one
+//! switches it on.
+//!
+//! vhost-user specification, "IOMMU support".
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::backend_channel::BackendChannel;
+
+/// How long a worker waits for a missing piece before it gives the chain up.
+const MISS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a waiting worker looks whether its ring is being stopped.
+const MISS_SLICE: Duration = Duration::from_millis(5);
+/// Pieces kept at the most; a front end that sends more loses the oldest addresses first.
+const MAX_ENTRIES: usize = 65_536;
+
+/// Read access by the device.
+pub const PERM_READ: u8 = 1;
+/// Write access by the device.
+pub const PERM_WRITE: u8 = 2;
+
+/// Message types in [`IotlbBody`].
+pub const TYPE_MISS: u8 = 1;
+const TYPE_UPDATE: u8 = 2;
+const TYPE_INVALIDATE: u8 = 3;
+
+/// "IOTLB message".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct IotlbBody {
+    /// I/O virtual address.
+    pub iova: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Address in the front end's own address space.
+    pub user_addr: u64,
+    /// Access allowed or wanted.
+    pub perm: u8,
+    /// Miss, update or invalidate.
+    pub kind: u8,
+    /// 0.
+    pub padding: [u8; 6],
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    size: u64,
+    user_addr: u64,
+    perm: u8,
+}
+
+/// The pieces known, and the way to ask for more.
+#[derive(Debug, Default)]
+pub struct Iotlb {
+    entries: Mutex<BTreeMap<u64, Entry>>,
+    changed: Condvar,
+    channel: Mutex<Option<Arc<BackendChannel>>>,
+}
+
+impl Iotlb {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where misses are sent.
+    pub fn set_channel(&self, channel: Option<Arc<BackendChannel>>) {
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
+    }
+
+    /// Carries an update or invalidation out; false if the message is neither or makes no sense.
+    pub fn apply(&self, body: &IotlbBody) -> bool {
+        let Some(end) = body.iova.checked_add(body.size.saturating_sub(1)) else { return false };
+        if body.size == 0 {
+            return false;
+        }
+        let mut entries = self.lock();
+        match body.kind {
+            TYPE_UPDATE => {
+                remove_overlapping(&mut entries, body.iova, end);
+                if entries.len() >= MAX_ENTRIES {
+                    entries.pop_first();
+                }
+                let entry = Entry { size: body.size, user_addr: body.user_addr, perm: body.perm };
+                entries.insert(body.iova, entry);
+                self.changed.notify_all();
+                true
+            }
+            TYPE_INVALIDATE => {
+                remove_overlapping(&mut entries, body.iova, end);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Front end's address of `iova` and how many bytes from there on are contiguous, if known and
+    /// allowed.
+    #[must_use]
+    pub fn lookup(&self, iova: u64, perm: u8) -> Option<(u64, u64)> {
+        find(&self.lock(), iova, perm)
+    }
+
+    /// As [`Self::lookup`], but asks the front end for what is missing and waits for it.
+    #[must_use]
+    pub fn resolve(&self, iova: u64, perm: u8) -> Option<(u64, u64)> {
+        let mut entries = self.lock();
+        if let Some(found) = find(&entries, iova, perm) {
+            return Some(found);
+        }
+        let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        channel.iotlb_miss(iova, perm).ok()?;
+        let deadline = Instant::now() + MISS_TIMEOUT;
+        while Instant::now() < deadline && !channel.is_interrupted() {
+            entries = self
+                .changed
+                .wait_timeout(entries, MISS_SLICE)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            if let Some(found) = find(&entries, iova, perm) {
+                return Some(found);
+            }
+        }
+        None
+    }
+
+    /// Asks for `iova` without waiting: for the session's own thread, which receives the answer.
+    pub fn request(&self, iova: u64, perm: u8) {
+        let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(Err(error)) = channel.map(|c| c.iotlb_miss(iova, perm)) {
+            tracing::debug!(%error, "an IOTLB miss could not be sent");
+        }
+    }
+}
+
+fn find(entries: &BTreeMap<u64, Entry>, iova: u64, perm: u8) -> Option<(u64, u64)> {
+    let (start, entry) = entries.range(..=iova).next_back()?;
+    let offset = iova - start;
+    (offset < entry.size && entry.perm & perm == perm)
+        .then(|| (entry.user_addr.wrapping_add(offset), entry.size - offset))
+}
+
+/// Removes every entry that has a byte in `start..=end`. (Pieces cut off are asked for again.)
+fn remove_overlapping(entries: &mut BTreeMap<u64, Entry>, start: u64, end: u64) {
+    let before = entries
+        .range(..start)
+        .next_back()
+        .filter(|(s, e)| **s + (e.size - 1) >= start)
+        .map(|(s, _)| *s);
+    let inside = entries.range(start..=end).map(|(s, _)| *s);
+    for key in before.into_iter().chain(inside).collect::<Vec<_>>() {
+        entries.remove(&key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(kind: u8, iova: u64, size: u64, user_addr: u64, perm: u8) -> IotlbBody {
+        IotlbBody { iova, size, user_addr, perm, kind, padding: [0; 6] }
+    }
+
+    #[test]
+    fn updates_are_found_and_invalidations_take_every_overlap() {
+        let tlb = Iotlb::default();
+        assert!(tlb.apply(&body(TYPE_UPDATE, 0x1000, 0x1000, 0x7000, PERM_READ)));
+        assert!(tlb.apply(&body(TYPE_UPDATE, 0x2000, 0x1000, 0x9000, PERM_READ | PERM_WRITE)));
+        assert_eq!(tlb.lookup(0x1800, PERM_READ), Some((0x7800, 0x800)));
+        assert_eq!(tlb.lookup(0x1800, PERM_WRITE), None);
+        assert_eq!(tlb.lookup(0x2fff, PERM_WRITE), Some((0x9fff, 1)));
+        assert!(tlb.apply(&body(TYPE_INVALIDATE, 0x1fff, 2, 0, 0)));
+        assert_eq!(tlb.lookup(0x1800, PERM_READ), None);
+        assert_eq!(tlb.lookup(0x2800, PERM_READ), None);
+        assert!(!tlb.apply(&body(TYPE_UPDATE, u64::MAX, 2, 0, 3)));
+        assert!(!tlb.apply(&body(TYPE_MISS, 0, 1, 0, 3)));
+        assert_eq!(
+            tlb.resolve(0x1000, PERM_READ),
+            None,
+            "without a channel there is nobody to ask"
+        );
+    }
+
+    #[test]
+    fn the_whole_address_space_can_be_invalidated() {
+        let tlb = Iotlb::default();
+        tlb.apply(&body(TYPE_UPDATE, 0, 0x1000, 0x7000, 3));
+        assert!(tlb.apply(&body(TYPE_INVALIDATE, 0, u64::MAX, 0, 0)));
+        assert_eq!(tlb.lookup(0, PERM_READ), None);
+    }
+}

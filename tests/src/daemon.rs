@@ -1,0 +1,237 @@
+//! A daemon process of a test: one of the workspace, or a peer.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal};
+
+/// How long a daemon may take until it listens; start-up is milliseconds, the rest is a slow machine.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a daemon's state is looked at.
+const POLL: Duration = Duration::from_millis(2);
+/// The flag `__SO_ACCEPTCON` of a listening socket in `/proc/net/unix`.
+const LISTENING: &str = "00010000";
+
+/// A running daemon that listens. Dropping it kills it and, in a failing test, shows its log.
+#[derive(Debug)]
+pub struct Daemon {
+    name: String,
+    child: Child,
+    log: PathBuf,
+    socket: PathBuf,
+}
+
+impl Daemon {
+    /// Starts a binary of the workspace with `--socket-path=SOCKET` and `arguments`, and waits
+    /// until it listens. Its log is beside the socket.
+    ///
+    /// # Errors
+    /// When it cannot be built, or ends or does not listen in time; the error has its log.
+    pub fn start<S: AsRef<OsStr>>(name: &str, socket: &Path, arguments: &[S]) -> Result<Self> {
+        let mut command = Command::new(bin(name)?);
+        command.arg(format!("--socket-path={}", socket.display())).args(arguments);
+        Self::start_command(name, command, socket)
+    }
+
+    /// Starts `command` and waits until it listens at `socket`.
+    ///
+    /// # Errors
+    /// When it ends or does not listen in time; the error has its log.
+    pub fn start_command(name: &str, mut command: Command, socket: &Path) -> Result<Self> {
+        let log = socket.with_extension("log");
+        let file = File::options().create(true).append(true).open(&log)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()
+            .with_context(|| format!("start {name}"))?;
+        let mut daemon = Self { name: name.to_owned(), child, log, socket: socket.to_owned() };
+        daemon.wait_until_listening()?;
+        Ok(daemon)
+    }
+
+    fn wait_until_listening(&mut self) -> Result<()> {
+        let deadline = Instant::now() + READY_TIMEOUT;
+        // A connection to find out would be a front end to the daemon; some peers then exit.
+        while !self.is_listening() {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended at once ({status}); its log:\n{}", self.name, self.log());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "{} does not listen at {}; its log:\n{}",
+                    self.name,
+                    self.socket.display(),
+                    self.log()
+                );
+            }
+            sleep(POLL);
+        }
+        Ok(())
+    }
+
+    fn is_listening(&self) -> bool {
+        let tables = ["/proc/net/unix".to_owned(), format!("/proc/{}/net/unix", self.pid())];
+        tables.iter().any(|table| {
+            fs::read_to_string(table).unwrap_or_default().lines().any(|line| {
+                let mut fields = line.split_ascii_whitespace();
+                fields.nth(3) == Some(LISTENING)
+                    && fields.nth(3).is_some_and(|path| Path::new(path) == self.socket)
+            })
+        })
+    }
+
+    /// Where the daemon listens.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the daemon printed so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Whether the process still runs.
+    #[must_use]
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// User and system time of all threads, ended ones included; steps of 10 ms.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
+        // The second field is the name in parentheses, which may have blanks itself.
+        let (_, fields) = stat.rsplit_once(')').context("malformed /proc/PID/stat")?;
+        let ticks: u64 = fields
+            .split_ascii_whitespace()
+            .skip(11)
+            .take(2)
+            .map(str::parse::<u64>)
+            .sum::<std::result::Result<_, _>>()?;
+        Ok(Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second())?)
+    }
+
+    /// Bytes of memory that belong to this process alone; guest memory is shared and not in it.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn private_bytes(&self) -> Result<u64> {
+        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid()))?;
+        let mut kib = 0;
+        for line in rollup.lines() {
+            if let Some((_, value)) = line
+                .split_once(':')
+                .filter(|(key, _)| matches!(*key, "Private_Clean" | "Private_Dirty"))
+            {
+                kib += value.trim().trim_end_matches(" kB").parse::<u64>()?;
+            }
+        }
+        Ok(kib * 1024)
+    }
+
+    /// How many file descriptors the process has open.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn open_fds(&self) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
+    }
+
+    /// Kills the daemon as a crash would, and waits until it is gone.
+    ///
+    /// # Errors
+    /// When the process cannot be waited for.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.child.kill()?;
+        Ok(self.child.wait()?)
+    }
+
+    /// Asks the daemon to end (SIGTERM) and waits until it did.
+    ///
+    /// # Errors
+    /// When it does not within `timeout`.
+    pub fn terminate(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        let pid = Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, Signal::TERM)?;
+        let deadline = Instant::now() + timeout;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            sleep(POLL);
+        }
+        bail!("{} did not end within {timeout:?} of SIGTERM; its log:\n{}", self.name, self.log())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let ended = self.child.try_wait().ok().flatten();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let crashed = ended.is_some_and(|status| status.signal().is_some());
+        if crashed || std::thread::panicking() {
+            let end = ended.map_or("still ran".to_owned(), |status| status.to_string());
+            show(&format!("log of {} ({end})", self.name), &self.log());
+        }
+    }
+}
+
+/// Shows a captured text with a failing test.
+pub(crate) fn show(title: &str, text: &str) {
+    let _ = write!(std::io::stderr(), "---- {title}\n{text}\n----\n");
+}
+
+/// The path of the workspace's binary `name`: from `$OUTBOARD_BIN_DIR`, else built here with the
+/// profile of the running test and up to date.
+///
+/// # Errors
+/// When it is not in `$OUTBOARD_BIN_DIR`, or cannot be built.
+pub fn bin(name: &str) -> Result<PathBuf> {
+    if let Some(dir) = std::env::var_os("OUTBOARD_BIN_DIR") {
+        let path = PathBuf::from(dir).join(name);
+        return path
+            .is_file()
+            .then_some(path)
+            .with_context(|| format!("OUTBOARD_BIN_DIR has no {name}"));
+    }
+    // …/target/debug/deps/this-test, or …/target/debug/this-program
+    let program = std::env::current_exe()?;
+    let dir = program
+        .ancestors()
+        .skip(1)
+        .find(|dir| !matches!(dir.file_name().and_then(OsStr::to_str), Some("deps" | "examples")))
+        .context("the running program has no directory")?;
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    cargo.args(["build", "--quiet", "--bin", name]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    if dir.ends_with("release") {
+        cargo.arg("--release");
+    }
+    if let Some(target) = dir.parent() {
+        cargo.arg("--target-dir").arg(target);
+    }
+    let output = cargo.output().context("run cargo")?;
+    if !output.status.success() {
+        bail!("build {name}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(dir.join(name))
+}

@@ -1,0 +1,113 @@
+//! A private root of Debian binaries: kernels, VMMs, peers and guest tools.
+//!
+//! Theory of operation. The guests and the peers the daemons are compared with need a newer
+//! distribution than most machines run, so they are unpacked (never installed) into a cached
+//! directory and run there. A command enters the root with its own mount name space and
+//! `pivot_root`, which leaves its process id, network and user as they are: it sees the tools at
+//! `/usr`, and the host's `/proc`, `/sys`, `/dev` and temporary directory where they always are,
+//! so Unix sockets and images are shared by path. The daemons under test run on the host.
+//!
+//! [`build`] makes the root, once a machine; [`enter`] runs a command in it.
+
+mod build;
+mod enter;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::skip;
+
+/// Where commands in the root are looked up.
+const TOOL_PATH: &str = "/usr/sbin:/usr/bin:/usr/libexec:/usr/lib/busybox";
+
+/// What a root contains; two recipes are two cached directories.
+#[derive(Debug)]
+struct Recipe {
+    /// Name of the root in the cache directory.
+    name: &'static str,
+    /// Debian packages, or apt patterns of them: names of kernel packages change with each upload.
+    packages: &'static [&'static str],
+}
+
+/// Guests, VMMs, the peers and the guests' tools: everything but DPDK.
+const GUESTS: Recipe = Recipe {
+    name: "guests",
+    packages: &[
+        "user-mode-linux",
+        "qemu-system-x86",
+        "qemu-utils",
+        "qemu-block-extra",
+        "?name(^linux-binary-[0-9.]+.deb14-cloud-amd64$)",
+        "?name(^linux-modules-[0-9.]+.deb14-cloud-amd64$)",
+        "virtiofsd",
+        "vhost-device-vsock",
+        "passt",
+        "busybox-static",
+        "xz-utils",
+        "e2fsprogs",
+        "fio",
+        "iperf3",
+        "iproute2",
+        "socat",
+    ],
+};
+
+/// A tool root that exists and is complete.
+#[derive(Debug)]
+pub struct ToolRoot {
+    path: PathBuf,
+}
+
+impl ToolRoot {
+    /// The root with the guests and peers, built on first use (about half a minute and 550 MiB).
+    ///
+    /// # Errors
+    /// When it cannot be built: no `mmdebstrap`, no package mirror, no room, no privileges.
+    pub fn guests() -> Result<&'static Self> {
+        static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
+        ROOT.get_or_init(|| build::cached(&GUESTS).map(|path| Self { path }))
+            .as_ref()
+            .map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// The root for a test, or `None` after the test was counted as skipped.
+    #[must_use]
+    pub fn for_test() -> Option<&'static Self> {
+        match Self::guests() {
+            Ok(root) => Some(root),
+            Err(error) => {
+                skip::skip(&format!("no tool root: {error:#}"));
+                None
+            }
+        }
+    }
+
+    /// The host's path of `path` of the root, for reading.
+    #[must_use]
+    pub fn host_path(&self, path: &str) -> PathBuf {
+        self.path.join(path.trim_start_matches('/'))
+    }
+
+    /// A command that runs `program` inside the root and dies with the thread that started it.
+    ///
+    /// # Errors
+    /// When a path has a NUL byte.
+    pub fn command(&self, program: &str) -> Result<Command> {
+        self.command_with(program, &[])
+    }
+
+    /// As [`ToolRoot::command`], with host directories mounted at further places of the root.
+    ///
+    /// # Errors
+    /// When a path has a NUL byte.
+    pub fn command_with(&self, program: &str, binds: &[(&Path, &str)]) -> Result<Command> {
+        let plan = enter::Plan::new(&self.path, binds).context("plan the tool root's mounts")?;
+        let mut command = Command::new(program);
+        command.env("PATH", TOOL_PATH).env_remove("LD_LIBRARY_PATH");
+        plan.apply(&mut command);
+        Ok(command)
+    }
+}
