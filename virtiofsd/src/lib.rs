@@ -1,3 +1,6 @@
 //! Outboard's `virtiofsd`: a directory of the host as a virtio-fs device.
 
+pub mod device;
 pub mod fuse;
+pub mod slow_pool;
+pub mod worker;

@@ -3,6 +3,7 @@
 //! Everything here is plain data in the host's byte order; nothing is trusted. Parsing is in
 //! [`request`](super::request).
 #![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![allow(missing_debug_implementations, reason = "zerocopy's derives make helper types without it")]
 
 use std::time::Duration;
 
