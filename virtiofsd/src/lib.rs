@@ -2,5 +2,8 @@
 
 pub mod device;
 pub mod fuse;
+pub mod handle_store;
+pub mod inode_store;
+pub mod passthrough;
 pub mod slow_pool;
 pub mod worker;
