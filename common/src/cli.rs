@@ -136,6 +136,16 @@ pub struct ControlArgs {
     pub control_socket: Option<PathBuf>,
 }
 
+/// Where a newer daemon takes over from this one.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Connection")]
+pub struct HandoverArgs {
+    /// Take the sessions of the daemon that listens here over, if there is one, without the guest
+    /// noticing; then listen here for a successor
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
+    pub handover_socket: Option<PathBuf>,
+}
+
 /// `--print-capabilities`, for the help text. [`daemon_main`] acts on it before anything is parsed.
 #[derive(Debug, Clone, Default, Args)]
 pub struct CapabilitiesArgs {

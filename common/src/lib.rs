@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`daemon`] | a daemon's life: sessions, signals, the start-up order |
 //! | [`transport`] | listen, dial, sockets passed by number |
+//! | [`handover`] | a new daemon takes the sessions of an old one over |
 //! | [`device`] | what a device back end is: the trait each daemon implements |
 //! | [`vhost_user`] | the protocol: messages, session, guest memory, back-end channel |
 //! | [`ring`] | virtqueues, split and packed; inflight record; notification |
@@ -23,6 +24,7 @@ pub mod capabilities;
 pub mod cli;
 pub mod daemon;
 pub mod device;
+pub mod handover;
 pub mod logging;
 pub mod metrics;
 pub mod rate_limiter;

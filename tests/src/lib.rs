@@ -1,7 +1,10 @@
 //! The testkit: everything that tests of several daemons share.
 
 pub mod daemon;
+pub mod driver;
+pub mod frontend;
 pub mod guests;
+pub mod memory;
 pub mod netns;
 pub mod peers;
 pub mod service;

@@ -148,6 +148,11 @@ impl SplitInflight {
         self.region.store(state, 1u8);
     }
 
+    /// Nothing is in flight and the ring is stopped: the next start begins anew.
+    pub(super) fn forget(&mut self) {
+        self.region.store(8, 0u16);
+    }
+
     /// Undoes the latest `take`.
     pub(super) fn untake(&mut self, head: u16) {
         self.region.store(self.state(head), 0u8);
@@ -352,6 +357,11 @@ impl PackedInflight {
         self.region.store(12, entry);
         self.region.store(14, entry);
         head
+    }
+
+    /// Nothing is in flight and the ring is stopped: the next start begins anew.
+    pub(super) fn forget(&mut self) {
+        self.region.store(8, 0u16);
     }
 
     /// Undoes the latest `take`, which returned `head`.

@@ -263,7 +263,7 @@ impl Queue {
     pub fn push(&mut self, chain: &mut Chain, written: u32) {
         self.memory.refresh(self.in_flight);
         if self.memory.get().log().is_some() {
-            self.log_written(chain, written);
+            self.log_written(chain);
         }
         self.metrics.requests.add(1);
         self.in_flight = self.in_flight.saturating_sub(1);
@@ -274,10 +274,11 @@ impl Queue {
         }
     }
 
+    /// Logs all of the chain's writable memory, whatever `written` says: a blk status byte stands at
+    /// the end of buffers that an error left untouched.
     #[cold]
-    fn log_written(&self, chain: &mut Chain, written: u32) {
+    fn log_written(&self, chain: &mut Chain) {
         chain.writable.rewind();
-        chain.writable.truncate(written as usize);
         for entry in chain.writable.as_slice() {
             self.memory.get().mark_dirty(entry.iov_base.cast(), entry.iov_len);
         }
@@ -447,16 +448,29 @@ impl Queue {
         self.retired
     }
 
-    /// The vring base to answer GET_VRING_BASE with: split, the next available index; packed, both
-    /// positions. Chains of the inflight record that were not taken again stay recorded there.
+    /// Lets go of the ring; returns the vring base to answer GET_VRING_BASE with (split: the next
+    /// available index; packed: both positions).
+    ///
+    /// A queue with nothing in flight leaves its inflight record blank, so that whoever starts the
+    /// ring next begins where the front end says: after a reset of the ring that is not where we
+    /// stopped. Only after a crash does the record speak.
     #[must_use]
-    pub fn base(&self) -> u32 {
-        match &self.format {
-            Format::Split { ring, again, .. } => {
+    pub fn release(mut self) -> u32 {
+        let clean = self.in_flight == 0;
+        match &mut self.format {
+            Format::Split { ring, inflight, again } => {
+                if let (Some(inflight), true, true) = (inflight, clean, again.is_empty()) {
+                    inflight.forget();
+                }
                 let pending = u16::try_from(again.len()).unwrap_or(0);
                 u32::from(ring.last_avail().wrapping_sub(pending))
             }
-            Format::Packed { ring, .. } => ring.base(),
+            Format::Packed { ring, inflight, again } => {
+                if let (Some(inflight), true, true) = (inflight, clean, again.is_empty()) {
+                    inflight.forget();
+                }
+                ring.base()
+            }
         }
     }
 }

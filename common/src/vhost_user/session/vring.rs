@@ -302,7 +302,7 @@ impl Session {
             channel.resume();
         }
         match queue {
-            Some(queue) => self.vrings[usize::from(index)].base = queue.base(),
+            Some(queue) => self.vrings[usize::from(index)].base = queue.release(),
             None => tracing::error!(
                 index,
                 "a vring's worker is gone; its position is as it was at the start"
