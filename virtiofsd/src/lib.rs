@@ -3,5 +3,8 @@
 pub mod cli;
 pub mod device;
 pub mod fuse;
+pub mod handle_store;
+pub mod inode_store;
+pub mod passthrough;
 pub mod slow_pool;
 pub mod worker;
