@@ -1,5 +1,6 @@
 //! Outboard's `virtiofsd`: a directory of the host as a virtio-fs device.
 
+pub mod cli;
 pub mod device;
 pub mod fuse;
 pub mod handle_store;

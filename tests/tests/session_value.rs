@@ -1,0 +1,128 @@
+//! The session is a value: it can be saved while a guest is working, and another process's engine
+//! goes on with it; the front end notices a pause and nothing else.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
+use outboard_common::ring::Chain;
+use outboard_common::sys::EventFd;
+use outboard_common::vhost_user::session::{Ended, SavedSession, Session, SessionOptions};
+use outboard_common::worker::{Context, EventLoop, Progress, QueueHandler};
+use testkit::driver::{Buffer, GuestQueue, RingFormat};
+use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::memory::GuestRam;
+
+/// A device that copies what it reads to what it writes, inverted.
+struct Inverter;
+
+struct InverterWorker {
+    chain: Chain,
+}
+
+impl QueueHandler for InverterWorker {
+    fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
+        let Some(queue) = cx.queues.get(index) else { return Progress::Emptied };
+        while queue.pop(&mut self.chain) {
+            let mut bytes = vec![0; self.chain.readable.len()];
+            self.chain.readable.read(&mut bytes);
+            for b in &mut bytes {
+                *b = !*b;
+            }
+            let written = self.chain.writable.write(&bytes);
+            queue.push(&mut self.chain, u32::try_from(written).unwrap());
+        }
+        Progress::Emptied
+    }
+}
+
+impl Device for Inverter {
+    fn name(&self) -> &str {
+        "inverter"
+    }
+    fn queue_count(&self) -> u16 {
+        2
+    }
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+    fn read_config(&self, _offset: u32, _out: &mut [u8]) {}
+    fn worker_of(&self, queue: u16) -> usize {
+        usize::from(queue)
+    }
+    fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
+        let event_loop = EventLoop::new(InverterWorker { chain: Chain::new() })?;
+        Ok(Box::new(move |control| event_loop.run(control)))
+    }
+}
+
+fn metrics() -> Vec<Arc<outboard_common::metrics::QueueMetrics>> {
+    vec![Arc::default(), Arc::default()]
+}
+
+/// One request: `byte` repeated, which must come back inverted.
+fn invert(ram: &GuestRam, queue: &mut GuestQueue, addr: u64, byte: u8) {
+    ram.fill(addr, 64, byte);
+    let buffers = [Buffer::readable(addr, 64), Buffer::writable(addr + 64, 64)];
+    assert_eq!(queue.request(&buffers, Duration::from_secs(5)).unwrap(), 64);
+    assert_eq!(ram.bytes(addr + 64, 64), vec![!byte; 64]);
+}
+
+fn goes_on_after_a_hand_over(format: RingFormat) {
+    let ram = GuestRam::new(1 << 20).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let shutdown = Arc::new(EventFd::new().unwrap());
+    let stop = shutdown.clone();
+    let old = std::thread::spawn(move || {
+        let mut session =
+            Session::new(Arc::new(Inverter), theirs, metrics(), SessionOptions::default());
+        assert!(matches!(session.serve_until(&stop), Ended::ShutDown));
+        session.save().unwrap()
+    });
+    let mut front_end = FrontEnd::from_stream(ours).unwrap();
+    let options = AttachOptions { queues: 2, ..AttachOptions::new(format) };
+    let (mut queues, _inflight) = front_end.attach(&ram, &options).unwrap();
+    let addr = ram.alloc(4096, 16).unwrap();
+    for i in 0..300u32 {
+        let byte = i.to_le_bytes()[0];
+        invert(&ram, &mut queues[(i % 2) as usize], addr, byte);
+    }
+    shutdown.signal();
+    let (saved, fds) = old.join().unwrap();
+    // As it would travel to another process.
+    let saved: SavedSession = serde_json::from_slice(&serde_json::to_vec(&saved).unwrap()).unwrap();
+    // A request made while nobody serves must be found by the next one.
+    ram.fill(addr, 64, 7);
+    assert!(queues[0].add(&[Buffer::readable(addr, 64), Buffer::writable(addr + 64, 64)], 1));
+    queues[0].kick();
+    let shutdown = Arc::new(EventFd::new().unwrap());
+    let stop = shutdown.clone();
+    let new = std::thread::spawn(move || {
+        let session =
+            Session::resume(Arc::new(Inverter), &saved, &fds, metrics(), SessionOptions::default())
+                .unwrap();
+        drop(fds);
+        session.serve(&stop)
+    });
+    assert_eq!(queues[0].wait(Duration::from_secs(5)).unwrap().len, 64);
+    assert_eq!(ram.bytes(addr + 64, 64), vec![!7; 64]);
+    for i in 0..300u32 {
+        let byte = i.to_le_bytes()[0];
+        invert(&ram, &mut queues[(i % 2) as usize], addr, byte);
+    }
+    // The main socket works too.
+    assert_eq!(front_end.get_queue_num().unwrap(), 2);
+    drop(front_end);
+    assert!(matches!(new.join().unwrap(), Ended::FrontendLeft));
+}
+
+#[test]
+fn a_split_ring_session_is_saved_and_resumed() {
+    goes_on_after_a_hand_over(RingFormat::Split);
+}
+
+#[test]
+fn a_packed_ring_session_is_saved_and_resumed() {
+    goes_on_after_a_hand_over(RingFormat::Packed);
+}
