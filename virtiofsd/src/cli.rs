@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, ValueEnum};
 use outboard_common::capabilities::Capabilities;
 use outboard_common::cli::{
-    CapabilitiesArgs, LogArgs, MetricsArgs, SeccompArgs, SocketArgs, WorkerArgs,
+    CapabilitiesArgs, ControlArgs, LogArgs, MetricsArgs, SeccompArgs, SocketArgs, WorkerArgs,
 };
 
 use crate::device::Tag;
@@ -72,6 +72,10 @@ pub struct Arguments {
     /// Metrics.
     #[command(flatten)]
     pub metrics: MetricsArgs,
+
+    /// Control.
+    #[command(flatten)]
+    pub control: ControlArgs,
 
     /// Capabilities.
     #[command(flatten)]

@@ -44,6 +44,13 @@ pub enum TagError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tag([u8; TAG_SIZE]);
 
+impl std::fmt::Display for Tag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = self.0.split(|&b| b == 0).next().unwrap_or(&[]);
+        f.write_str(&String::from_utf8_lossy(text))
+    }
+}
+
 impl std::str::FromStr for Tag {
     type Err = TagError;
 
