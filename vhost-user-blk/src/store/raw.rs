@@ -318,8 +318,9 @@ impl RawImage {
                 Err(_) => match io::Error::last_os_error() {
                     error if error.kind() == io::ErrorKind::Interrupted => {}
                     // The file system wanted something aligned that it had not told of.
-                    error if error.raw_os_error() == Some(libc::EINVAL)
-                        && descriptor == Descriptor::Direct =>
+                    error
+                        if error.raw_os_error() == Some(libc::EINVAL)
+                            && descriptor == Descriptor::Direct =>
                     {
                         descriptor = Descriptor::Buffered;
                     }
