@@ -410,7 +410,7 @@ impl InodeStore {
             fd: new.fd,
             generation: 1,
             file_type: u16::try_from(new.info.file_type >> 12).unwrap_or(0),
-            used: AtomicBool::new(true),
+            used: AtomicBool::new(false),
             verified: AtomicBool::new(new.info.verified),
             submount: new.info.submount,
             indexed: true,
@@ -454,7 +454,8 @@ impl InodeStore {
             return there.clone();
         }
         node.fd = Some(fd.clone());
-        *node.used.get_mut() = true;
+        // Not marked: what is used just once cools first.
+        *node.used.get_mut() = false;
         *node.verified.get_mut() = true;
         let (slot, _) = split(id);
         let limit = self.hot_per_shard.load(Ordering::Relaxed);

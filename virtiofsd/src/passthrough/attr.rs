@@ -156,7 +156,7 @@ impl PassthroughFs {
     }
 
     fn set_size(&self, id: u64, target: &Target, size: i64) -> io::Result<()> {
-        let size = u64::try_from(size).map_err(|_| errno(libc::EINVAL))?;
+        let size = u64::try_from(size).map_err(|_unfit| errno(libc::EINVAL))?;
         if let Target::Open(file) = target
             && file.writes
         {

@@ -46,14 +46,6 @@ pub(super) fn prepare_thread(proc_self_fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Says that the working directory must be set again; tests serve several file systems in one thread.
-#[cfg(test)]
-pub(super) fn unprepare_thread() {
-    let mut state = THREAD.get();
-    state.own_fs = false;
-    THREAD.set(state);
-}
-
 fn thread_caps() -> io::Result<CapabilitySets> {
     let mut state = THREAD.get();
     if let Some(caps) = state.caps {

@@ -379,7 +379,7 @@ impl PassthroughFs {
         whence: u32,
     ) -> io::Result<u64> {
         let file = self.file(id, handle)?;
-        let offset = i64::try_from(offset).map_err(|_| errno(libc::EINVAL))?;
+        let offset = i64::try_from(offset).map_err(|_unfit| errno(libc::EINVAL))?;
         sys::lseek(file.fd.as_fd(), offset, whence.cast_signed())
     }
 
@@ -394,8 +394,8 @@ impl PassthroughFs {
     ) -> io::Result<()> {
         self.writable()?;
         let file = self.file(id, handle)?;
-        let offset = i64::try_from(offset).map_err(|_| errno(libc::EINVAL))?;
-        let len = i64::try_from(len).map_err(|_| errno(libc::EINVAL))?;
+        let offset = i64::try_from(offset).map_err(|_unfit| errno(libc::EINVAL))?;
+        let len = i64::try_from(len).map_err(|_unfit| errno(libc::EINVAL))?;
         credentials::set_fsetid(!self.has(init::HANDLE_KILLPRIV_V2))?;
         sys::fallocate(file.fd.as_fd(), mode.cast_signed(), offset, len)
     }
@@ -405,10 +405,10 @@ impl PassthroughFs {
         self.writable()?;
         let from = self.file(range.inode_in, range.handle_in)?;
         let to = self.file(range.inode_out, range.handle_out)?;
-        let from_offset = i64::try_from(range.offset_in).map_err(|_| errno(libc::EINVAL))?;
-        let to_offset = i64::try_from(range.offset_out).map_err(|_| errno(libc::EINVAL))?;
+        let from_offset = i64::try_from(range.offset_in).map_err(|_unfit| errno(libc::EINVAL))?;
+        let to_offset = i64::try_from(range.offset_out).map_err(|_unfit| errno(libc::EINVAL))?;
         let len = usize::try_from(range.len).unwrap_or(usize::MAX);
-        let flags = u32::try_from(range.flags).map_err(|_| errno(libc::EINVAL))?;
+        let flags = u32::try_from(range.flags).map_err(|_unfit| errno(libc::EINVAL))?;
         credentials::set_fsetid(!self.has(init::HANDLE_KILLPRIV_V2))?;
         sys::copy_file_range(from.fd.as_fd(), from_offset, to.fd.as_fd(), to_offset, len, flags)
     }

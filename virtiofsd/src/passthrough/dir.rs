@@ -73,7 +73,7 @@ impl OpenDir {
         let stream = &mut *stream;
         // From the start always means anew: that is what rewinddir is for.
         if offset != stream.position || (offset == 0 && !stream.buffer.is_empty()) {
-            let position = i64::try_from(offset).map_err(|_| errno(libc::EINVAL))?;
+            let position = i64::try_from(offset).map_err(|_unfit| errno(libc::EINVAL))?;
             sys::lseek(self.fd.as_fd(), position, libc::SEEK_SET)?;
             (stream.start, stream.end, stream.position) = (0, 0, offset);
         }

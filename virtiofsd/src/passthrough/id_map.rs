@@ -74,7 +74,7 @@ impl FromStr for IdRule {
             .ok_or_else(|| IdMapError::UnknownKind(word.to_owned()))?;
         let mut numbers = Vec::with_capacity(3);
         for part in rest.split(':') {
-            numbers.push(part.parse().map_err(|_| IdMapError::NotANumber(part.to_owned()))?);
+            numbers.push(part.parse().map_err(|_unfit| IdMapError::NotANumber(part.to_owned()))?);
         }
         let wanted = if kind == Kind::ForbidGuest { 2 } else { 3 };
         let (from, to, count): (u32, u32, u32) = match (kind, numbers.as_slice()) {

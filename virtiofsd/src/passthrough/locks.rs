@@ -94,12 +94,12 @@ fn host_lock(lock: &FileLock) -> io::Result<libc::flock64> {
         Ok(kind @ (libc::F_RDLCK | libc::F_WRLCK | libc::F_UNLCK)) => kind,
         _ => return Err(errno(libc::EINVAL)),
     };
-    let start = i64::try_from(lock.start).map_err(|_| errno(libc::EINVAL))?;
+    let start = i64::try_from(lock.start).map_err(|_unfit| errno(libc::EINVAL))?;
     if lock.end < lock.start {
         return Err(errno(libc::EINVAL));
     }
     let mut out = sys::empty_lock();
-    out.l_type = i16::try_from(kind).map_err(|_| errno(libc::EINVAL))?;
+    out.l_type = i16::try_from(kind).map_err(|_unfit| errno(libc::EINVAL))?;
     out.l_whence = 0; // SEEK_SET
     out.l_start = start;
     // Length 0 means up to the end, wherever that will be.
@@ -140,7 +140,7 @@ impl PassthroughFs {
     ) -> io::Result<()> {
         let file = self.file(id, handle)?;
         let wanted = host_lock(lock)?;
-        let unlocks = wanted.l_type == libc::F_UNLCK as i16;
+        let unlocks = i32::from(wanted.l_type) == libc::F_UNLCK;
         if flags & LK_FLOCK != 0 {
             let operation = match i32::from(wanted.l_type) {
                 libc::F_RDLCK => FlockOperation::NonBlockingLockShared,

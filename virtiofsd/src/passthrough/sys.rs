@@ -108,7 +108,7 @@ pub(crate) fn open_by_handle(
         )
     };
     let fd = check(result)?;
-    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    let fd = RawFd::try_from(fd).map_err(|_unfit| io::Error::from_raw_os_error(libc::EBADF))?;
     // SAFETY: the call just made this fd, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -126,7 +126,7 @@ pub(crate) fn getdents(dir: BorrowedFd<'_>, out: &mut [u8]) -> io::Result<usize>
 pub(crate) fn lseek(fd: BorrowedFd<'_>, offset: i64, whence: c_int) -> io::Result<u64> {
     // SAFETY: no memory is involved.
     let result = unsafe { libc::lseek64(fd.as_raw_fd(), offset, whence) };
-    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+    u64::try_from(result).map_err(|_unfit| io::Error::last_os_error())
 }
 
 /// `fallocate(2)` with any `mode`.
@@ -155,7 +155,7 @@ pub(crate) fn copy_file_range(
             flags,
         )
     };
-    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+    u64::try_from(result).map_err(|_unfit| io::Error::last_os_error())
 }
 
 /// `preadv2(2)` into memory that the caller vouches for.
@@ -170,10 +170,11 @@ pub(crate) unsafe fn preadv2(
     flags: c_int,
 ) -> io::Result<usize> {
     let count = c_int::try_from(out.len().min(IOV_MAX)).unwrap_or(0);
-    let offset = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let offset =
+        i64::try_from(offset).map_err(|_unfit| io::Error::from_raw_os_error(libc::EINVAL))?;
     // SAFETY: the caller promises that the entries are writable.
     let n = unsafe { libc::preadv2(fd.as_raw_fd(), out.as_ptr(), count, offset, flags) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    usize::try_from(n).map_err(|_unfit| io::Error::last_os_error())
 }
 
 /// `pwritev2(2)` from memory that the caller vouches for.
@@ -188,10 +189,11 @@ pub(crate) unsafe fn pwritev2(
     flags: c_int,
 ) -> io::Result<usize> {
     let count = c_int::try_from(data.len().min(IOV_MAX)).unwrap_or(0);
-    let offset = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let offset =
+        i64::try_from(offset).map_err(|_unfit| io::Error::from_raw_os_error(libc::EINVAL))?;
     // SAFETY: the caller promises that the entries are readable.
     let n = unsafe { libc::pwritev2(fd.as_raw_fd(), data.as_ptr(), count, offset, flags) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    usize::try_from(n).map_err(|_unfit| io::Error::last_os_error())
 }
 
 /// The most entries that one vectored call takes.
@@ -290,4 +292,11 @@ pub(crate) fn set_thread_egid(gid: u32) -> io::Result<()> {
 pub(crate) fn set_thread_groups(groups: &[u32]) -> io::Result<()> {
     // SAFETY: the kernel reads `groups.len()` ids from `groups`.
     check(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) }).map(drop)
+}
+
+/// Gives the calling thread a mount name space of its own.
+#[cfg(test)]
+pub(crate) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: changes only which mounts this thread sees.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into()).map(drop)
 }

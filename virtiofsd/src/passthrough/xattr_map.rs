@@ -133,7 +133,7 @@ impl XattrMap {
                 let mut renamed = Vec::with_capacity(rule.prepend.len() + bytes.len());
                 renamed.extend_from_slice(rule.prepend.as_bytes());
                 renamed.extend_from_slice(bytes);
-                CString::new(renamed).map(ClientName::Renamed).map_err(|_| libc::EINVAL)
+                CString::new(renamed).map(ClientName::Renamed).map_err(|_unfit| libc::EINVAL)
             }
         }
     }
