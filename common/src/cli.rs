@@ -17,6 +17,8 @@ use crate::capabilities::{self, Capabilities};
 use crate::logging::Level;
 use crate::sandbox::seccomp::Mode as SeccompMode;
 
+#[cfg(feature = "docs")]
+mod generate;
 pub mod values;
 
 use values::{CpuList, socket_path};
@@ -188,6 +190,8 @@ where
 
 /// Runs a program: parses the arguments and calls `main` with them.
 ///
+/// With the feature `docs`, `--generate man|bash|zsh|fish` prints that document instead.
+///
 /// Returns the exit code for `fn main`: 0, or 1 with one line on stderr.
 pub fn run_main<A>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode
 where
@@ -203,6 +207,11 @@ fn run_words<A>(
 where
     A: CommandFactory + FromArgMatches,
 {
+    #[cfg(feature = "docs")]
+    if let Some(kind) = generate::requested(std::env::args_os().skip(1)) {
+        let written = generate::write(&kind, A::command(), &mut io::stdout().lock());
+        return exit_code(written.map_err(Into::into));
+    }
     match parse::<A>(words) {
         Ok(Parsed::Arguments(arguments)) => exit_code(main(arguments)),
         Ok(Parsed::Text(text)) => exit_code(print(&text).map_err(Into::into)),
