@@ -4,6 +4,7 @@ pub mod daemon;
 pub mod demo;
 pub mod driver;
 pub mod frontend;
+pub mod fuse_bridge;
 pub mod guests;
 pub mod memory;
 pub mod netns;
