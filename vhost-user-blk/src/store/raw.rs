@@ -105,7 +105,7 @@ pub(super) fn take_lock(file: &File, options: &OpenOptions) -> Result<(), OpenEr
         return Ok(());
     }
     let path = || options.path.clone();
-    match lock::try_lock(file, !options.read_only) {
+    match lock::lock(file, !options.read_only) {
         Ok(true) => Ok(()),
         Ok(false) => {
             let pid = lock::holder(file, !options.read_only);
