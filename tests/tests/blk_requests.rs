@@ -83,7 +83,9 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 
 fn reads_and_writes(format: RingFormat, arguments: &[&str]) {
     let mut b = bench(format, arguments);
-    for (sector, len) in [(0, 512), (1, 512), (8, 4096), (3, 65536), (SECTORS - 1, 512), (0, 1 << 20)] {
+    for (sector, len) in
+        [(0, 512), (1, 512), (8, 4096), (3, 65536), (SECTORS - 1, 512), (0, 1 << 20)]
+    {
         assert_eq!(b.run(RequestType::IN, sector, len), S_OK);
         assert!(b.slot.data(len as usize) == b.file(sector, len as usize), "{sector}+{len}");
         let data: Vec<u8> = (0..len).map(|i| (i * 7 + len + sector as u32) as u8).collect();
@@ -208,7 +210,10 @@ fn discards_and_zeroes() {
         let used = || fs::metadata(&b.image).unwrap().blocks();
         let before = used();
         b.slot.set_range(2048, 4096, false);
-        assert_eq!(request(&mut b.queue, &b.slot, (RequestType::DISCARD, 0, 16), TIMEOUT).unwrap(), S_OK);
+        assert_eq!(
+            request(&mut b.queue, &b.slot, (RequestType::DISCARD, 0, 16), TIMEOUT).unwrap(),
+            S_OK
+        );
         let after = fs::metadata(&b.image).unwrap().blocks();
         assert!(after + 4096 <= before, "2 MiB were given back: {before} → {after} sectors");
 

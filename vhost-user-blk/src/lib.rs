@@ -100,7 +100,8 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
         args.control.control_socket.as_deref(),
     )?;
 
-    seccomp::close(&args.sandbox, &socket_paths(args, &disks)).context("cannot close the sandbox")?;
+    seccomp::close(&args.sandbox, &socket_paths(args, &disks))
+        .context("cannot close the sandbox")?;
     let admin = admin.serve(registry, Arc::new(BlkControl::new(devices.clone())))?;
     resize::watch(devices.clone(), audience).context("thread for sizes")?;
     let reload = Some(Box::new(move || resize::check(&devices)) as daemon::Reload);
