@@ -507,6 +507,11 @@ impl Session {
 
     fn reset_device(&mut self) {
         self.stop_all();
+        for index in 0..self.device.queue_count() {
+            if let Some((record, ..)) = self.record_of(index.into()) {
+                record.blank();
+            }
+        }
         for vring in &mut self.vrings {
             vring.forget_driver();
         }
