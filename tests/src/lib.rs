@@ -1,6 +1,7 @@
 //! The testkit: everything that tests of several daemons share.
 
 pub mod daemon;
+pub mod demo;
 pub mod driver;
 pub mod frontend;
 pub mod guests;

@@ -1,1 +1,97 @@
-//! Outboard `vhost-user-blk`: see the crate's README section.
+//! `vhost-user-blk`: disk images as virtio-blk devices. Virtio 1.3, 5.2.
+//!
+//! | room | what it holds |
+//! |---|---|
+//! | [`cli`], [`config`] | the command line, and the checked disks that come of it |
+//! | [`request`] | a request's bytes to an enum; pure |
+//! | [`config_space`] | `struct virtio_blk_config` |
+//! | [`store`] | what disks are made of |
+//! | [`device`] | what the session asks |
+//! | [`worker`] | the data path: chains to io_uring and back |
+//! | [`resize`], [`control`] | changes while a guest runs |
+
+pub mod cli;
+pub mod config;
+pub mod config_space;
+pub mod control;
+pub mod device;
+pub mod request;
+pub mod resize;
+pub mod store;
+pub mod worker;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use outboard_common::admin::AdminSockets;
+use outboard_common::daemon::{self, Endpoint, RunOptions};
+use outboard_common::logging;
+use outboard_common::metrics::Registry;
+use outboard_common::transport::Transport;
+use outboard_common::vhost_user::session::SessionOptions;
+use outboard_common::worker::WorkerOptions;
+
+use crate::cli::BlkArgs;
+use crate::config::{Disk, Source};
+use crate::control::BlkControl;
+use crate::device::BlkDevice;
+use crate::resize::Audience;
+use crate::store::raw::RawImage;
+use crate::store::{OpenError, Store, memory, null::NullImage, qcow2::Qcow2Image};
+
+fn open(source: &Source) -> Result<Store, OpenError> {
+    match source {
+        Source::Raw(options) => RawImage::open(options),
+        Source::Qcow2(options) => Qcow2Image::open(options),
+        Source::Null(size) => Ok(NullImage::open(*size)),
+        Source::Memory(size) => memory::open(*size),
+    }
+}
+
+/// The device of `disk`, its image open.
+fn open_device(disk: &Disk, audience: &Arc<Audience>) -> anyhow::Result<Arc<BlkDevice>> {
+    let store = open(&disk.source)?;
+    let device = BlkDevice::new(disk.device.clone(), store, audience.clone())?;
+    Ok(Arc::new(device))
+}
+
+/// Serves what `args` ask for until it is told to leave. The start-up order of the house: arguments →
+/// log → open → sockets → sandbox → threads → serve.
+///
+/// # Errors
+/// The operator's mistakes, before any socket exists; and what the system refuses.
+pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
+    let disks = config::disks(args)?;
+    logging::init(&args.log, "vhost-user-blk")?;
+    let audience = Arc::new(Audience::default());
+    let devices = disks
+        .iter()
+        .map(|disk| open_device(disk, &audience))
+        .collect::<anyhow::Result<Vec<Arc<BlkDevice>>>>()?;
+    io_uring::IoUring::new(2).context(
+        "this system gives us no io_uring; it needs Linux 5.19 and kernel.io_uring_disabled=0",
+    )?;
+
+    let registry = Arc::new(Registry::new("vhost-user-blk"));
+    let options =
+        SessionOptions { workers: WorkerOptions::from(&args.worker), ..SessionOptions::default() };
+    let mut endpoints = Vec::new();
+    for (disk, device) in disks.iter().zip(&devices) {
+        let transport = Transport::open(&disk.socket)?;
+        let endpoint = Endpoint::new(device.clone(), transport, options.clone());
+        endpoints.push(endpoint.counted_in(&registry));
+    }
+    let admin = AdminSockets::bind(
+        args.metrics.metrics_socket.as_deref(),
+        args.control.control_socket.as_deref(),
+    )?;
+
+    let admin = admin.serve(registry, Arc::new(BlkControl::new(devices.clone())))?;
+    resize::watch(devices.clone(), audience).context("thread for sizes")?;
+    let reload = Some(Box::new(move || resize::check(&devices)) as daemon::Reload);
+    let served = daemon::run(endpoints, RunOptions { reload, ..RunOptions::default() });
+    if let Some(admin) = admin {
+        admin.join();
+    }
+    served
+}

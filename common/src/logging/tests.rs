@@ -1,5 +1,5 @@
 use std::io::Write;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -124,4 +124,27 @@ fn no_system_log_is_one_clear_error() {
     let error = anyhow::Error::from(LogError::Syslog { path: "/dev/log", source: error });
     let line = crate::cli::error_line(&error);
     assert!(line.starts_with("error: cannot reach the system log at /dev/log: No such file"));
+}
+
+/// Runs in a process of its own without the harness' capture, which would take the place of stderr.
+#[test]
+fn a_reader_of_stderr_that_went_away_does_not_stop_the_daemon() {
+    const NAME: &str = "logging::tests::a_reader_of_stderr_that_went_away_does_not_stop_the_daemon";
+    const INSIDE: &str = "OUTBOARD_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        init(&LogArgs::default(), "vhost-user-test").unwrap();
+        tracing::error!("nobody reads this");
+        assert!(init(&LogArgs::default(), "vhost-user-test").is_err());
+        return;
+    }
+    let (reader, writer) = UnixStream::pair().unwrap();
+    drop(reader);
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", NAME])
+        .env(INSIDE, "1")
+        .stderr(std::os::fd::OwnedFd::from(writer))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }

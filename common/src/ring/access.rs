@@ -55,11 +55,15 @@ impl RingMemory {
 
     #[inline]
     pub(super) fn store16(self, offset: usize, value: u16, order: Ordering) {
+        #[cfg(test)]
+        super::fault::before_store();
         self.cell16(offset).store(value.to_le(), order);
     }
 
     #[inline]
     pub(super) fn store32(self, offset: usize, value: u32) {
+        #[cfg(test)]
+        super::fault::before_store();
         let p = self.at(offset, 4);
         // SAFETY: as in `cell16`, with offsets that are multiples of 4.
         let cell = unsafe { AtomicU32::from_ptr(p.cast()) };

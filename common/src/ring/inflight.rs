@@ -72,6 +72,8 @@ impl InflightRegion {
 
     #[inline]
     fn store<T: Copy + zerocopy::IntoBytes>(&self, offset: usize, value: T) {
+        #[cfg(test)]
+        super::fault::before_store();
         let p = self.at(offset, size_of::<T>());
         // SAFETY: as in `load`.
         unsafe { p.cast::<T>().write_volatile(value) };
@@ -97,8 +99,13 @@ pub(super) struct SplitInflight {
 }
 
 impl SplitInflight {
-    /// Opens (or first initialises) the region; returns the heads to do again, oldest first.
-    pub(super) fn open(region: InflightRegion, size: u16, ring_used: u16) -> (Self, Vec<u16>) {
+    /// Opens the region; returns the heads to do again, oldest first, or `None` if nothing was
+    /// recorded in it yet.
+    pub(super) fn open(
+        region: InflightRegion,
+        size: u16,
+        ring_used: u16,
+    ) -> (Self, Option<Vec<u16>>) {
         let mut this = Self { region, size, counter: 0, batch: 0, last_batch_head: 0 };
         let fresh = this.region.load::<u16>(8) != VERSION || this.region.load::<u16>(10) != size;
         if fresh {
@@ -110,7 +117,7 @@ impl SplitInflight {
             this.region.store(14, ring_used);
             crash_order();
             this.region.store(8, VERSION);
-            return (this, Vec::new());
+            return (this, None);
         }
         this.last_batch_head = this.region.load::<u16>(12) % size;
         this.settle_last_batch(ring_used);
@@ -120,7 +127,7 @@ impl SplitInflight {
             .collect();
         again.sort_unstable();
         this.counter = again.last().map_or(0, |&(n, _)| n.wrapping_add(1));
-        (this, again.into_iter().map(|(_, head)| head).collect())
+        (this, Some(again.into_iter().map(|(_, head)| head).collect()))
     }
 
     fn state(&self, head: u16) -> usize {
@@ -195,6 +202,8 @@ pub(super) struct PackedAgain {
 /// old_free_head @14, used_idx @16, old_used_idx @18, used_wrap_counter @20,
 /// old_used_wrap_counter @21; per descriptor: inflight @0, next @2, last @4, num @6, counter @8,
 /// id @16, flags @18, len @20, addr @24.
+///
+/// The two used positions share one aligned word, so each change of them is one store.
 #[derive(Debug)]
 pub(super) struct PackedInflight {
     region: InflightRegion,
@@ -219,10 +228,7 @@ impl PackedInflight {
         }
         this.settle_last_batch(ring);
         let (again, outstanding) = this.collect();
-        let used = Position {
-            index: this.region.load::<u16>(16) % size,
-            wrap: this.region.load::<u8>(20) != 0,
-        };
+        let (used, _) = this.positions();
         (this, Some((used, outstanding)), again)
     }
 
@@ -235,15 +241,27 @@ impl PackedInflight {
         for at in [12, 14] {
             self.region.store(at, 0u16);
         }
-        self.store_used(16, 20, used);
-        self.store_used(18, 21, used);
+        self.store_positions(used, used);
         crash_order();
         self.region.store(8, VERSION);
     }
 
-    fn store_used(&self, index_at: usize, wrap_at: usize, used: Position) {
-        self.region.store(index_at, used.index);
-        self.region.store(wrap_at, u8::from(used.wrap));
+    /// used_idx and old_used_idx with their wrap counters, in one store.
+    fn store_positions(&self, used: Position, old: Position) {
+        let [a, b] = used.index.to_ne_bytes();
+        let [c, d] = old.index.to_ne_bytes();
+        let word = [a, b, c, d, u8::from(used.wrap), u8::from(old.wrap), 0, 0];
+        self.region.store(16, u64::from_ne_bytes(word));
+    }
+
+    /// used_idx and old_used_idx with their wrap counters.
+    fn positions(&self) -> (Position, Position) {
+        let [a, b, c, d, used_wrap, old_wrap, _, _] = self.region.load::<u64>(16).to_ne_bytes();
+        let position = |index: [u8; 2], wrap: u8| Position {
+            index: u16::from_ne_bytes(index) % self.size,
+            wrap: wrap != 0,
+        };
+        (position([a, b], used_wrap), position([c, d], old_wrap))
     }
 
     fn state(&self, entry: u16) -> usize {
@@ -256,26 +274,20 @@ impl PackedInflight {
 
     /// Commits a batch that was shown just before the crash, or rolls back one that was not.
     fn settle_last_batch(&self, ring: &PackedRing) {
-        let used = (self.region.load::<u16>(16), self.region.load::<u8>(20));
-        let old = (self.region.load::<u16>(18), self.region.load::<u8>(21));
-        if used == old || ring.still_available(Position { index: old.0, wrap: old.1 != 0 }) {
-            self.region.store(16, old.0);
-            self.region.store(20, old.1);
+        let (used, old) = self.positions();
+        if used == old || ring.still_available(old) {
+            self.store_positions(old, old);
             return;
         }
-        // Shown: every entry between the two free heads was linked before, and is done.
-        let end = self.region.load::<u16>(14) % self.size;
+        // Shown: the batch stands at the front of the free list, and is done. It is counted, not
+        // followed to the old free head: when all entries were in flight, that is no end mark.
         let mut entry = self.region.load::<u16>(12) % self.size;
-        for _ in 0..self.size {
-            if entry == end {
-                break;
-            }
+        for _ in 0..old.distance_to(used, self.size) {
             self.region.store(self.state(entry), 0u8);
             entry = self.next(entry);
         }
         crash_order();
-        self.region.store(18, used.0);
-        self.region.store(21, used.1);
+        self.store_positions(used, used);
     }
 
     /// The chains marked in flight, by age, and the sum of their descriptors.
@@ -290,23 +302,34 @@ impl PackedInflight {
         let mut again = Vec::new();
         let mut busy = vec![false; usize::from(self.size)];
         for (_, head) in heads {
-            let count = self.region.load::<u16>(self.state(head) + 6).clamp(1, self.size);
+            let chain = self.recorded(head);
+            let count = u16::try_from(chain.descriptors.len()).unwrap_or(self.size);
             outstanding = outstanding.saturating_add(count).min(self.size);
-            let mut descriptors = Vec::with_capacity(usize::from(count));
             let mut entry = head;
             for _ in 0..count {
-                let d = self.descriptor(entry);
-                descriptors.push(d);
                 busy[usize::from(entry)] = true;
-                if d.flags & F_NEXT == 0 {
-                    break;
-                }
                 entry = self.next(entry);
             }
-            again.push(PackedAgain { entry: head, descriptors });
+            again.push(chain);
         }
         self.rebuild_free_list(&busy);
         (again, outstanding)
+    }
+
+    /// The chain recorded from entry `head` on.
+    pub(super) fn recorded(&self, head: u16) -> PackedAgain {
+        let count = self.region.load::<u16>(self.state(head) + 6).clamp(1, self.size);
+        let mut descriptors = Vec::with_capacity(usize::from(count));
+        let mut entry = head;
+        for _ in 0..count {
+            let d = self.descriptor(entry);
+            descriptors.push(d);
+            if d.flags & F_NEXT == 0 {
+                break;
+            }
+            entry = self.next(entry);
+        }
+        PackedAgain { entry: head, descriptors }
     }
 
     /// Threads the free list anew through every entry that no chain holds, so that a crash in the
@@ -366,8 +389,12 @@ impl PackedInflight {
 
     /// Undoes the latest `take`, which returned `head`.
     pub(super) fn untake(&mut self, head: u16) {
-        self.region.store(self.state(head), 0u8);
+        let state = self.state(head);
+        self.region.store(state, 0u8);
         crash_order();
+        // Other chains may have come back to the list since.
+        let last = self.region.load::<u16>(state + 4) % self.size;
+        self.region.store(self.state(last) + 2, self.region.load::<u16>(12));
         self.region.store(12, head % self.size);
         self.region.store(14, head % self.size);
     }
@@ -385,7 +412,8 @@ impl PackedInflight {
             self.region.store(12, head % self.size);
         }
         crash_order();
-        self.store_used(16, 20, used);
+        let (_, old) = self.positions();
+        self.store_positions(used, old);
         crash_order();
     }
 
@@ -399,7 +427,7 @@ impl PackedInflight {
         self.batch = batch;
         crash_order();
         self.region.store(14, self.region.load::<u16>(12));
-        self.region.store(18, self.region.load::<u16>(16));
-        self.region.store(21, self.region.load::<u8>(20));
+        let (used, _) = self.positions();
+        self.store_positions(used, used);
     }
 }

@@ -8,11 +8,15 @@
 
 mod access;
 mod chain;
+#[cfg(test)]
+mod fault;
 pub mod inflight;
 pub mod notify;
 mod packed;
 mod setup;
 mod split;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 pub use chain::{Chain, IoVecs};
@@ -220,10 +224,14 @@ impl Queue {
                     return result.map(|()| true);
                 }
                 let Some(head) = ring.next_head()? else { return Ok(false) };
-                if let Some(inflight) = inflight {
+                let result = ring.read_chain(memory, head, chain);
+                if result.is_err_and(|e| !e.is_chain_only()) {
+                    // Not taken: it is never given back, so it must not be recorded either.
+                    ring.unpop();
+                } else if let Some(inflight) = inflight {
                     inflight.take(head);
                 }
-                ring.read_chain(memory, head, chain).map(|()| true)
+                result.map(|()| true)
             }
             Format::Packed { ring, inflight, again } => {
                 if let Some(old) = again.front() {
@@ -332,8 +340,11 @@ impl Queue {
                     }
                 }
             }
+            Format::Packed { inflight: Some(inflight), again, .. } if token.again => {
+                again.push_front(inflight.recorded(token.inflight));
+            }
             Format::Packed { ring, inflight, .. } => {
-                ring.unpop(token.head);
+                ring.unpop(token.head, token.count);
                 if let Some(inflight) = inflight {
                     inflight.untake(token.inflight);
                 }
@@ -354,7 +365,7 @@ impl Queue {
                 }
                 let signal = ring.publish();
                 if let Some(inflight) = inflight {
-                    inflight.published(ring.used_index());
+                    inflight.published(ring.shown_index());
                 }
                 signal
             }

@@ -45,6 +45,17 @@ impl Position {
         self.index | if self.wrap { 0x8000 } else { 0 }
     }
 
+    /// Descriptors from here to `to`, which is at most `size` further on; 0 if it is not.
+    pub(super) const fn distance_to(self, to: Self, size: u16) -> u16 {
+        if self.wrap == to.wrap {
+            to.index.saturating_sub(self.index)
+        } else if to.index <= self.index {
+            size - (self.index - to.index)
+        } else {
+            0
+        }
+    }
+
     /// `count` descriptors further on in a ring of `size`; `count` is at most `size`.
     pub(super) const fn plus(self, count: u16, size: u16) -> Self {
         let index = self.index as u32 + count as u32;
@@ -81,6 +92,8 @@ pub(super) struct PackedRing {
     first_unpublished: Option<(Position, u16)>,
     /// Descriptors used since the last publish.
     unpublished: u16,
+    /// Descriptors popped and not shown as used: at most `size`.
+    taken: u16,
     event_idx: bool,
     indirect: bool,
     muted: bool,
@@ -106,13 +119,15 @@ impl PackedRing {
         #[allow(clippy::cast_possible_truncation, reason = "the low half is wanted")]
         let (avail, used) =
             (Position::from_bits(base as u16), Position::from_bits((base >> 16) as u16));
+        let (avail, used) = (Self::clamp(avail, size), Self::clamp(used, size));
         Self {
             desc,
             driver_event,
             device_event,
             size,
-            avail: Self::clamp(avail, size),
-            used: Self::clamp(used, size),
+            avail,
+            used,
+            taken: used.distance_to(avail, size),
             first_unpublished: None,
             unpublished: 0,
             event_idx: flags.event_idx,
@@ -139,7 +154,20 @@ impl PackedRing {
     /// after it had been taken.
     pub(super) fn set_positions(&mut self, used: Position, outstanding: u16) {
         self.used = Self::clamp(used, self.size);
-        self.avail = self.used.plus(outstanding.min(self.size), self.size);
+        self.taken = outstanding.min(self.size);
+        self.avail = self.used.plus(self.taken, self.size);
+    }
+
+    /// Makes the outstanding descriptors look available again. A dead daemon may have written used
+    /// ones behind the first of a batch that it did not live to show; the driver, which reads on
+    /// until it finds one that is not used, would take them for ours.
+    pub(super) fn restore_outstanding(&self) {
+        for i in 0..self.taken {
+            let at = self.used.plus(i, self.size);
+            let rest = self.flags_at(at.index, Ordering::Relaxed) & !(F_AVAIL | F_USED);
+            let available = if at.wrap { F_AVAIL } else { F_USED };
+            self.desc.store16(usize::from(at.index) * 16 + 14, rest | available, Ordering::Release);
+        }
     }
 
     pub(super) fn desc_area(&self) -> RingMemory {
@@ -191,6 +219,11 @@ impl PackedRing {
         if !Self::is_available(flags, head.wrap) {
             return Ok(None);
         }
+        // What was taken and not shown as used yet is not the driver's to make available.
+        let room = self.size - self.taken;
+        if room == 0 {
+            return Err((RingError::TooLong, None));
+        }
         chain.clear();
         let mut at = head;
         let mut count = 0u16;
@@ -210,13 +243,14 @@ impl PackedRing {
             if d.flags & F_NEXT == 0 {
                 break d.id;
             }
-            if count == self.size {
+            if count >= room {
                 return Err((RingError::TooLong, None));
             }
             flags = self.flags_at(at.index, Ordering::Acquire);
         };
         chain.token = Token { id, count, head: head.bits(), ..Token::default() };
         self.avail = at;
+        self.taken += count;
         let found = Found { head, count };
         match fault {
             None => Ok(Some(found)),
@@ -249,9 +283,10 @@ impl PackedRing {
         Ok(())
     }
 
-    /// Gives the latest chain, which started at `head`, back untouched.
-    pub(super) fn unpop(&mut self, head: u16) {
+    /// Gives the latest chain, of `count` descriptors from `head` on, back untouched.
+    pub(super) fn unpop(&mut self, head: u16, count: u16) {
         self.avail = Self::clamp(Position::from_bits(head), self.size);
+        self.taken = self.taken.saturating_sub(count);
     }
 
     /// Writes one used descriptor, all but the flags of a batch's first.
@@ -286,6 +321,7 @@ impl PackedRing {
             self.desc.store16(usize::from(at.index) * 16 + 14, flags, Ordering::Release);
         }
         let batch = std::mem::take(&mut self.unpublished);
+        self.taken = self.taken.saturating_sub(batch);
         // As in the split ring: our store before their wish.
         fence(Ordering::SeqCst);
         let flags = self.driver_event.load16(2, Ordering::Acquire);

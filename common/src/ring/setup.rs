@@ -153,14 +153,19 @@ impl QueueSetup {
             return Ok(Format::Split { ring, inflight: None, again: VecDeque::new() });
         };
         let (inflight, again) = SplitInflight::open(region, self.size, ring.used_index());
+        let Some(again) = again else {
+            return Ok(Format::Split { ring, inflight: Some(inflight), again: VecDeque::new() });
+        };
+        // Everything taken was used or is in the record, whatever the front end believes the base
+        // to be (the available index is a common guess).
+        let count = u16::try_from(again.len()).unwrap_or(self.size);
+        ring.set_last_avail(ring.used_index().wrapping_add(count));
         if !again.is_empty() {
             tracing::info!(
                 queue = self.index,
                 requests = again.len(),
                 "doing again what was in flight"
             );
-            let count = u16::try_from(again.len()).unwrap_or(self.size);
-            ring.set_last_avail(ring.used_index().wrapping_add(count));
         }
         Ok(Format::Split { ring, inflight: Some(inflight), again: again.into() })
     }
@@ -187,6 +192,7 @@ impl QueueSetup {
         }
         if let Some((used, outstanding)) = resume {
             ring.set_positions(used, outstanding);
+            ring.restore_outstanding();
         }
         Ok(Format::Packed { ring, inflight: Some(inflight), again: again.into() })
     }

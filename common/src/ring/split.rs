@@ -78,6 +78,11 @@ impl SplitRing {
         self.used.load16(2, Ordering::Acquire)
     }
 
+    /// The used index as the driver was shown it last.
+    pub(super) fn shown_index(&self) -> u16 {
+        self.published
+    }
+
     pub(super) fn last_avail(&self) -> u16 {
         self.last_avail
     }
@@ -112,8 +117,11 @@ impl SplitRing {
             if avail == self.last_avail {
                 return Ok(None);
             }
-            if avail.wrapping_sub(self.last_avail) > self.size {
-                return Err(RingError::IndexJump { avail, last: self.last_avail, size: self.size });
+            // A driver cannot have more chains out than there are descriptors, counted from what it
+            // was shown last; nor can its index go back.
+            let ahead = avail.wrapping_sub(self.published);
+            if ahead > self.size || avail.wrapping_sub(self.last_avail) > self.size {
+                return Err(RingError::IndexJump { avail, last: self.published, size: self.size });
             }
             self.seen_avail = avail;
         }

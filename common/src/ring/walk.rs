@@ -47,12 +47,12 @@ pub enum RingError {
         /// Length in bytes.
         len: u32,
     },
-    /// The available index moved by more than the ring holds.
-    #[error("available index {avail} is more than {size} ahead of {last}")]
+    /// The available index moved by more than the ring holds, or back.
+    #[error("available index {avail} is not within {size} of used index {last}")]
     IndexJump {
         /// The guest's index.
         avail: u16,
-        /// Ours.
+        /// The used index it was shown last.
         last: u16,
         /// Ring size.
         size: u16,

@@ -49,7 +49,7 @@ impl Queues {
         self.slots.iter_mut().filter_map(|q| q.as_deref_mut())
     }
 
-    fn put(&mut self, queue: Box<Queue>) {
+    pub(super) fn put(&mut self, queue: Box<Queue>) {
         let at = usize::from(queue.index());
         if self.slots.len() <= at {
             self.slots.resize_with(at + 1, || None);
@@ -57,7 +57,7 @@ impl Queues {
         self.slots[at] = Some(queue);
     }
 
-    fn take(&mut self, index: u16) -> Option<Box<Queue>> {
+    pub(super) fn take(&mut self, index: u16) -> Option<Box<Queue>> {
         self.slots.get_mut(usize::from(index))?.take()
     }
 }

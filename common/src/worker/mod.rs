@@ -7,10 +7,12 @@
 mod control;
 mod event_loop;
 mod pool;
+mod uring_loop;
 
 pub use control::{Command, Control, ControlHandle};
 pub use event_loop::{Context, EventLoop, Progress, QueueHandler, Queues};
 pub use pool::WorkerPool;
+pub use uring_loop::{UringContext, UringHandler, UringLoop};
 
 use std::time::Duration;
 

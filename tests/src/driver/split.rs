@@ -68,7 +68,8 @@ impl SplitDriver {
         if buffers.is_empty() || buffers.len() > self.free.len() {
             return false;
         }
-        let ids = self.free.split_off(self.free.len() - buffers.len());
+        let mut ids = self.free.split_off(self.free.len() - buffers.len());
+        ids.reverse();
         for (i, b) in buffers.iter().enumerate() {
             let write = if b.writable { F_WRITE } else { 0 };
             let (next_flag, next) = ids.get(i + 1).map_or((0, 0), |&n| (F_NEXT, n));

@@ -6,12 +6,21 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::fs::Access;
 
 use super::{GuestResult, Job, RunningGuest, VirtioId, initrd};
 use crate::toolroot::ToolRoot;
+
+/// QEMU's `-accel` for each CPU of the guest on its own thread of the host.
+const EMULATION: &str = "tcg,thread=multi";
+/// QEMU's `-accel` for the processor's own virtualisation.
+const KVM: &str = "kvm";
+/// How long the trial of KVM may take; a working one boots in a second.
+const KVM_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A device of the guest, as QEMU is told of it.
 #[derive(Debug, Clone)]
@@ -32,6 +41,7 @@ pub struct QemuGuest {
     accelerator: String,
     reconnect_ms: Option<u32>,
     extra: Vec<String>,
+    interactive: bool,
 }
 
 impl QemuGuest {
@@ -44,9 +54,10 @@ impl QemuGuest {
             memory_mib: 512,
             max_memory_mib: 512,
             cpus: 2,
-            accelerator: "tcg,thread=multi".to_owned(),
+            accelerator: EMULATION.to_owned(),
             reconnect_ms: None,
             extra: Vec::new(),
+            interactive: false,
         }
     }
 
@@ -113,6 +124,27 @@ impl QemuGuest {
         self
     }
 
+    /// `kvm` where it runs this very guest, tried once; else emulation. A `/dev/kvm` that exists
+    /// proves nothing: on some machines no ordinary kernel boots on it.
+    #[must_use]
+    pub fn best_accelerator(root: &'static ToolRoot) -> &'static str {
+        static KVM_WORKS: OnceLock<bool> = OnceLock::new();
+        let works = *KVM_WORKS.get_or_init(|| {
+            let guest = Self::new(root).accelerator(KVM);
+            let probe = Job::from_script("echo kvm runs me");
+            rustix::fs::access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).is_ok()
+                && guest.run(&probe, KVM_TIMEOUT).is_ok_and(|result| result.exit_code == Some(0))
+        });
+        if works { KVM } else { EMULATION }
+    }
+
+    /// Gives the guest's console to the terminal instead of a file.
+    #[must_use]
+    pub fn interactive(mut self) -> Self {
+        self.interactive = true;
+        self
+    }
+
     /// Adds an argument for QEMU.
     #[must_use]
     pub fn argument(mut self, argument: &str) -> Self {
@@ -136,15 +168,12 @@ impl QemuGuest {
         let dir = tempfile::Builder::new().prefix("outboard-qemu-").tempdir()?;
         fs::write(dir.path().join("initrd"), initrd::for_job(self.root, job)?)?;
         let console = File::create(dir.path().join("console"))?;
-        let child = self
-            .root
-            .command("qemu-system-x86_64")?
-            .args(self.arguments(dir.path()))
-            .stdin(Stdio::null())
-            .stdout(console.try_clone()?)
-            .stderr(console)
-            .spawn()
-            .context("start qemu-system-x86_64")?;
+        let mut command = self.root.command("qemu-system-x86_64")?;
+        command.args(self.arguments(dir.path()));
+        if !self.interactive {
+            command.stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console);
+        }
+        let child = command.spawn().context("start qemu-system-x86_64")?;
         Ok(RunningGuest::new(child, dir))
     }
 
@@ -154,7 +183,7 @@ impl QemuGuest {
             if most > memory { format!(",slots=32,maxmem={most}M") } else { String::new() };
         let mut arguments: Vec<String> = [
             "-M q35,usb=off,memory-backend=mem -cpu max -nodefaults -no-user-config -no-reboot",
-            "-display none -serial stdio -kernel /guest/qemu/vmlinuz",
+            "-display none -kernel /guest/qemu/vmlinuz",
             &format!("-accel {} -smp {}", self.accelerator, self.cpus),
             &format!("-m {memory}M{hot_plug}"),
             &format!("-object memory-backend-memfd,id=mem,size={memory}M,share=on"),
@@ -165,6 +194,9 @@ impl QemuGuest {
         .flat_map(|line| line.split(' '))
         .map(str::to_owned)
         .collect();
+        // With `mon:` the terminal is raw, so that Ctrl-C is the guest's (Ctrl-A x ends QEMU).
+        let serial = if self.interactive { "mon:stdio" } else { "stdio" };
+        arguments.extend(["-serial", serial].map(str::to_owned));
         arguments.push("-append".to_owned());
         arguments.push(
             "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check \

@@ -73,6 +73,14 @@ impl RunningGuest {
         self.child.id()
     }
 
+    /// Whether the guest is off, or its VMM gone.
+    ///
+    /// # Errors
+    /// When the process cannot be waited for.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait().context("wait for the guest")?.is_some())
+    }
+
     /// What the console shows so far.
     #[must_use]
     pub fn console(&self) -> String {

@@ -1,2 +1,0 @@
-//! wip
-pub mod seccomp;
