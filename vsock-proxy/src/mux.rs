@@ -182,6 +182,11 @@ impl Mux {
         }
     }
 
+    /// Readable when siblings call.
+    pub(crate) fn calls_fd(&self) -> i32 {
+        self.membership.mailbox.wake_fd()
+    }
+
     /// Slots in use.
     fn in_use(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -9,6 +9,7 @@
 //! read, is written last.
 //!
 //! The caller publishes, once for all that went in.
+#![allow(unsafe_code, reason = "a list of pointers into guest memory moves with its thread")]
 
 use std::collections::VecDeque;
 
@@ -79,6 +80,10 @@ pub(crate) struct Filler {
     taken: usize,
     list: Vec<iovec>,
 }
+
+// SAFETY: `list` is only meaningful between `prepare` and `commit`, and a worker is moved to its
+// thread before either; its pointers lead into guest memory, as those of an `IoVecs` do.
+unsafe impl Send for Filler {}
 
 /// The length of a packet as the used ring has it.
 fn used_len(payload: usize) -> u32 {
