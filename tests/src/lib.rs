@@ -12,3 +12,4 @@ pub mod peers;
 pub mod service;
 pub mod skip;
 pub mod toolroot;
+pub mod vsock_host;
