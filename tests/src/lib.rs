@@ -1,5 +1,6 @@
 //! The testkit: everything that tests of several daemons share.
 
+pub mod cargo_tool;
 pub mod daemon;
 pub mod demo;
 pub mod driver;
