@@ -42,7 +42,11 @@ done
 fn tap_daemon(root: &ToolRoot, namespace: &NetNs, dir: &Path, arguments: &[&str]) -> Daemon {
     let socket = dir.join("net.sock");
     let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
-    command.arg("--socket-path").arg(&socket).args(["--tap", "tap0", "--log-level", "debug"]).args(arguments);
+    command
+        .arg("--socket-path")
+        .arg(&socket)
+        .args(["--tap", "tap0", "--log-level", "debug"])
+        .args(arguments);
     namespace.enter(&mut command);
     let daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
     namespace.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();
@@ -71,7 +75,10 @@ fn uml_on_a_tap(mtu: &str) {
     let daemon = tap_daemon(root, &namespace, dir.path(), &["--mtu", mtu]);
     let _server = iperf_server(root, &namespace, dir.path());
     let guest = UmlGuest::new(root).device(daemon.socket(), VirtioId::Net);
-    let job = Job::from_script(TRAFFIC).tool("/usr/bin/iperf3").set("MTU", mtu);
+    let job = Job::from_script(TRAFFIC)
+        .tool("/usr/bin/iperf3")
+        .tool("/usr/lib/x86_64-linux-gnu/libgcc_s.so.1")
+        .set("MTU", mtu);
     let result = guest.run(&job, TIMEOUT).unwrap();
     eprintln!("daemon: {:?}\n{}", daemon.cpu_time().unwrap(), daemon.log());
     expect_rates(&result, 300.0);
@@ -94,10 +101,18 @@ fn qemu_with_two_queue_pairs_on_a_tap() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = tap_daemon(root, &namespace, dir.path(), &["--queue-pairs", "2"]);
     let _server = iperf_server(root, &namespace, dir.path());
-    let arguments = ["-netdev", "vhost-user,id=net-@,chardev=@,queues=2", "-device", "virtio-net-pci,netdev=net-@,mq=on,packed=on"];
+    let arguments = [
+        "-netdev",
+        "vhost-user,id=net-@,chardev=@,queues=2",
+        "-device",
+        "virtio-net-pci,netdev=net-@,mq=on,packed=on",
+    ];
     let guest = QemuGuest::new(root)
         .device_arguments(daemon.socket(), arguments.map(str::to_owned).to_vec());
-    let job = Job::from_script(TRAFFIC).tool("/usr/bin/iperf3").set("MTU", "1500");
+    let job = Job::from_script(TRAFFIC)
+        .tool("/usr/bin/iperf3")
+        .tool("/usr/lib/x86_64-linux-gnu/libgcc_s.so.1")
+        .set("MTU", "1500");
     let result = guest.run(&job, EMULATED_TIMEOUT).unwrap();
     eprintln!("{}", daemon.log());
     expect_rates(&result, 20.0);
