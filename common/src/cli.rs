@@ -17,6 +17,8 @@ use crate::capabilities::{self, Capabilities};
 use crate::logging::Level;
 use crate::sandbox::seccomp::Mode as SeccompMode;
 
+#[cfg(feature = "docs")]
+mod generate;
 pub mod values;
 
 use values::{CpuList, socket_path};
@@ -37,6 +39,15 @@ pub struct SocketArgs {
     #[arg(long, value_name = "FDNUM", conflicts_with = "socket_path",
           value_parser = clap::value_parser!(i32).range(0..))]
     pub fd: Option<RawFd>,
+
+    /// Offer ACCESS_PLATFORM, for guests behind a virtual IOMMU or with encrypted memory
+    /// (QEMU's iommu_platform=on); UML guests do not start with it
+    #[arg(long)]
+    pub iommu_platform: bool,
+
+    /// Offer in-band notifications, for front ends that have no event descriptors
+    #[arg(long)]
+    pub inband_notifications: bool,
 }
 
 /// The one place [`SocketArgs`] names.
@@ -164,20 +175,53 @@ pub fn daemon_main<A>(
 where
     A: CommandFactory + FromArgMatches,
 {
+    daemon_main_with(capabilities, |words| Ok(words.collect()), main)
+}
+
+/// [`daemon_main`] for a daemon that has old spellings: `modernise` turns the command line, the
+/// program's name first, into what is parsed.
+pub fn daemon_main_with<A>(
+    capabilities: &Capabilities,
+    modernise: impl FnOnce(std::env::ArgsOs) -> anyhow::Result<Vec<OsString>>,
+    main: impl FnOnce(A) -> anyhow::Result<()>,
+) -> ExitCode
+where
+    A: CommandFactory + FromArgMatches,
+{
     if capabilities::requested(std::env::args_os().skip(1)) {
         return exit_code(capabilities.write(&mut io::stdout().lock()).map_err(Into::into));
     }
-    run_main(main)
+    match modernise(std::env::args_os()) {
+        Ok(words) => run_words(words, main),
+        Err(error) => exit_code(Err(error)),
+    }
 }
 
 /// Runs a program: parses the arguments and calls `main` with them.
+///
+/// With the feature `docs`, `--generate man|bash|zsh|fish` prints that document instead.
 ///
 /// Returns the exit code for `fn main`: 0, or 1 with one line on stderr.
 pub fn run_main<A>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode
 where
     A: CommandFactory + FromArgMatches,
 {
-    match parse::<A>(std::env::args_os()) {
+    run_words(std::env::args_os(), main)
+}
+
+fn run_words<A>(
+    words: impl IntoIterator<Item = OsString>,
+    main: impl FnOnce(A) -> anyhow::Result<()>,
+) -> ExitCode
+where
+    A: CommandFactory + FromArgMatches,
+{
+    #[cfg(feature = "docs")]
+    if let Some(kind) = generate::requested(std::env::args_os().skip(1)) {
+        let written = generate::write(&kind, A::command(), &mut io::stdout().lock());
+        return exit_code(written.map_err(Into::into));
+    }
+    match parse::<A>(words) {
         Ok(Parsed::Arguments(arguments)) => exit_code(main(arguments)),
         Ok(Parsed::Text(text)) => exit_code(print(&text).map_err(Into::into)),
         Err(error) => exit_code(Err(error.into())),

@@ -14,6 +14,8 @@
 //! | [`rate_limiter`] | limits on operations and bytes a second |
 //! | [`sandbox`] | how a daemon locks itself in, stage by stage |
 //! | [`cli`], [`capabilities`], [`logging`] | what every program shares: arguments, errors, log |
+//! | [`config_file`] | TOML with errors that point at the line |
+//! | [`footprint`] | memory of the start-up, given back |
 //! | [`sys`] | event descriptors and system calls |
 //!
 //! Invariants: a queue belongs to one worker; nothing a guest writes can panic or end the process;
@@ -22,8 +24,10 @@
 pub mod admin;
 pub mod capabilities;
 pub mod cli;
+pub mod config_file;
 pub mod daemon;
 pub mod device;
+pub mod footprint;
 pub mod handover;
 pub mod logging;
 pub mod metrics;

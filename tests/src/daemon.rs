@@ -222,7 +222,9 @@ pub fn bin(name: &str) -> Result<PathBuf> {
         .find(|dir| !matches!(dir.file_name().and_then(OsStr::to_str), Some("deps" | "examples")))
         .context("the running program has no directory")?;
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-    cargo.args(["build", "--quiet", "--bin", name]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo
+        .args(["build", "--quiet", "--workspace", "--bin", name])
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
     if dir.ends_with("release") {
         cargo.arg("--release");
     }

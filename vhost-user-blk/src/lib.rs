@@ -9,6 +9,7 @@
 //! | [`device`] | what the session asks |
 //! | [`worker`] | the data path: chains to io_uring and back |
 //! | [`resize`], [`control`] | changes while a guest runs |
+//! | [`seccomp`] | what the process may still do when it serves |
 
 pub mod cli;
 pub mod config;
@@ -17,19 +18,21 @@ pub mod control;
 pub mod device;
 pub mod request;
 pub mod resize;
+pub mod seccomp;
 pub mod store;
 pub mod worker;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use outboard_common::admin::AdminSockets;
+use outboard_common::cli::SocketChoice;
 use outboard_common::daemon::{self, Endpoint, RunOptions};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
 use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
-use outboard_common::worker::WorkerOptions;
 
 use crate::cli::BlkArgs;
 use crate::config::{Disk, Source};
@@ -55,6 +58,16 @@ fn open_device(disk: &Disk, audience: &Arc<Audience>) -> anyhow::Result<Arc<BlkD
     Ok(Arc::new(device))
 }
 
+/// The paths of all sockets.
+fn socket_paths(args: &BlkArgs, disks: &[Disk]) -> Vec<PathBuf> {
+    let disks = disks.iter().filter_map(|disk| match &disk.socket {
+        SocketChoice::Listen(path) | SocketChoice::Dial(path) => Some(path),
+        SocketChoice::Inherited(_) => None,
+    });
+    let admin = [&args.metrics.metrics_socket, &args.control.control_socket];
+    disks.chain(admin.into_iter().flatten()).cloned().collect()
+}
+
 /// Serves what `args` ask for until it is told to leave. The start-up order of the house: arguments →
 /// log → open → sockets → sandbox → threads → serve.
 ///
@@ -73,8 +86,7 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     )?;
 
     let registry = Arc::new(Registry::new("vhost-user-blk"));
-    let options =
-        SessionOptions { workers: WorkerOptions::from(&args.worker), ..SessionOptions::default() };
+    let options = SessionOptions::new(&args.socket, &args.worker);
     let mut endpoints = Vec::new();
     for (disk, device) in disks.iter().zip(&devices) {
         let transport = Transport::open(&disk.socket)?;
@@ -86,6 +98,8 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
         args.control.control_socket.as_deref(),
     )?;
 
+    seccomp::close(&args.sandbox, &socket_paths(args, &disks))
+        .context("cannot close the sandbox")?;
     let admin = admin.serve(registry, Arc::new(BlkControl::new(devices.clone())))?;
     resize::watch(devices.clone(), audience).context("thread for sizes")?;
     let reload = Some(Box::new(move || resize::check(&devices)) as daemon::Reload);

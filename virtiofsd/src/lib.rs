@@ -1,1 +1,165 @@
-//! Outboard `virtiofsd`: see the crate's README section.
+//! Outboard's `virtiofsd`: a directory of the host as a virtio-fs device. Virtio 1.3, 5.11.
+//!
+//! | room | what it holds |
+//! |---|---|
+//! | [`cli`] | the command line, old spellings too |
+//! | [`device`] | what the vhost-user session asks |
+//! | [`worker`], [`slow_pool`] | queues' threads, and those for requests that wait |
+//! | [`fuse`] | the FUSE server: parsers, dispatch, replies |
+//! | [`passthrough`] | the shared directory as a file system |
+//! | [`inode_store`], [`handle_store`] | what the guest knows and has open |
+//! | `confinement`, `seccomp` | the sandbox |
+//! | `control` | what an operator can ask |
+
+pub mod cli;
+mod confinement;
+mod control;
+pub mod device;
+pub mod fuse;
+mod group;
+pub mod handle_store;
+pub mod inode_store;
+pub mod passthrough;
+mod seccomp;
+pub mod slow_pool;
+pub mod worker;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use outboard_common::admin::AdminSockets;
+use outboard_common::cli::SocketChoice;
+use outboard_common::daemon::{self, Endpoint, RunOptions};
+use outboard_common::logging;
+use outboard_common::metrics::Registry;
+use outboard_common::transport::Transport;
+use outboard_common::vhost_user::session::SessionOptions;
+
+use crate::cli::{Arguments, Cache, InodeHandles, SharingArgs, When};
+use crate::control::FsControl;
+use crate::device::{DeviceOptions, FsDevice};
+use crate::fuse::Limits;
+use crate::passthrough::id_map::IdMap;
+use crate::passthrough::xattr_map::XattrMap;
+use crate::passthrough::{CachePolicy, Config, Demand, InodeFileHandles, PassthroughFs};
+
+fn demand(when: When) -> Demand {
+    match when {
+        When::Never => Demand::Never,
+        When::Auto => Demand::Auto,
+        When::Always => Demand::Always,
+    }
+}
+
+fn id_map(option: &str, rules: &[String]) -> anyhow::Result<IdMap> {
+    let rules = rules.iter().map(|rule| rule.parse()).collect::<Result<Vec<_>, _>>();
+    rules.and_then(|rules| IdMap::new(&rules)).with_context(|| option.to_owned())
+}
+
+/// What the command line says of the shared directory.
+fn config(arguments: &Arguments) -> anyhow::Result<Config> {
+    let SharingArgs { cache, posix_acl, security_label, .. } = arguments.sharing;
+    let sharing = &arguments.sharing;
+    let xattr_map = sharing.xattrmap.as_deref().map(XattrMap::parse).transpose();
+    Ok(Config {
+        cache: match cache {
+            Cache::Auto => CachePolicy::Auto,
+            Cache::Always => CachePolicy::Always,
+            Cache::Never => CachePolicy::Never,
+            Cache::Metadata => CachePolicy::Metadata,
+        },
+        allow_mmap: sharing.allow_mmap,
+        writeback: sharing.writeback,
+        readdirplus: !sharing.no_readdirplus,
+        allow_direct_io: sharing.allow_direct_io,
+        xattr: sharing.xattr,
+        xattr_map: xattr_map.context("--xattrmap")?,
+        posix_acl: demand(posix_acl),
+        security_label: demand(security_label),
+        killpriv_v2: sharing.killpriv_v2,
+        announce_submounts: !sharing.no_announce_submounts,
+        preserve_noatime: sharing.preserve_noatime,
+        readonly: sharing.readonly,
+        inode_file_handles: match sharing.inode_file_handles {
+            InodeHandles::Never => InodeFileHandles::Never,
+            InodeHandles::Prefer => InodeFileHandles::Prefer,
+            InodeHandles::Mandatory => InodeFileHandles::Mandatory,
+        },
+        uid_map: id_map("--translate-uid", &arguments.ids.translate_uid)?,
+        gid_map: id_map("--translate-gid", &arguments.ids.translate_gid)?,
+        posix_locks: sharing.posix_lock,
+        flock: sharing.flock,
+        timeout: sharing.timeout,
+        ..Config::default()
+    })
+}
+
+/// The socket, with the group that was asked for.
+fn open_socket(arguments: &Arguments) -> anyhow::Result<Transport> {
+    let choice = arguments
+        .socket
+        .choice()
+        .context("one of --socket-path and --fd is needed, to meet the VMM")?;
+    let group = match (&arguments.socket_group, &choice) {
+        (Some(name), SocketChoice::Listen(path)) => {
+            Some((group::id_of(name).with_context(|| format!("--socket-group {name}"))?, path))
+        }
+        _ => None,
+    };
+    let transport = Transport::open(&choice)?;
+    if let Some((gid, path)) = group {
+        group::give(path, gid).with_context(|| format!("--socket-group: {}", path.display()))?;
+    }
+    Ok(transport)
+}
+
+/// A name for logs and metrics: the tag, or the shared directory's last component.
+fn device_name(arguments: &Arguments, shared: &Path) -> String {
+    let last = || shared.file_name().map(|name| name.to_string_lossy().into_owned());
+    let tag = arguments.tag.as_ref().map(ToString::to_string);
+    tag.or_else(last).unwrap_or_else(|| "fs".to_owned())
+}
+
+/// Serves what `arguments` ask for until it is told to leave. The start-up order of the house:
+/// arguments → log → sockets → sandbox → threads → serve.
+///
+/// # Errors
+/// The operator's mistakes, and what the system refuses.
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = config(arguments)?;
+    logging::init(&arguments.log, "virtiofsd")?;
+    let shared = arguments.shared_dir.as_deref().context("--shared-dir is needed")?;
+    anyhow::ensure!(shared.is_dir(), "--shared-dir: {} is not a directory", shared.display());
+    let transport = open_socket(arguments)?;
+    let admin = AdminSockets::bind(
+        arguments.metrics.metrics_socket.as_deref(),
+        arguments.control.control_socket.as_deref(),
+    )?;
+
+    let entered = confinement::enter(arguments, shared)?;
+    let fs = PassthroughFs::new(config, entered.directory, entered.proc_self_fd)?;
+    let device = FsDevice::new(
+        fs,
+        DeviceOptions {
+            name: device_name(arguments, shared),
+            tag: arguments.tag,
+            request_queues: arguments.threads.num_request_queues,
+            slow_threads: usize::from(arguments.threads.thread_pool_size),
+            limits: Limits::default(),
+        },
+    );
+
+    let registry = Arc::new(Registry::new("virtiofsd"));
+    let options = SessionOptions::new(&arguments.socket, &arguments.threads.workers);
+    let control = Arc::new(FsControl(device.server().clone()));
+    let endpoint = Endpoint::new(Arc::new(device), transport, options).counted_in(&registry);
+    let admin = admin.serve(registry, control)?;
+    // Kata waits for these words.
+    tracing::info!("Waiting for vhost-user socket connection...");
+    let served = daemon::run(vec![endpoint], RunOptions::default());
+    if let Some(admin) = admin {
+        admin.join();
+    }
+    served
+}

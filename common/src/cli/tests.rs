@@ -7,7 +7,7 @@ use super::*;
 
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-test")]
-struct Everything {
+pub(super) struct Everything {
     #[command(flatten)]
     socket: SocketArgs,
     #[command(flatten)]

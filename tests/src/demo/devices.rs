@@ -106,8 +106,10 @@ impl Devices {
         for kind in Kind::ALL {
             let name = kind.binary();
             if let Err(why) = devices.can_run(kind, root, dir) {
-                progress(&format!("{name}: skipped: {why:#}"));
-                report.row(name, "starts", Outcome::Skipped, &format!("{why:#}"));
+                // A table's cell has one line.
+                let why = format!("{why:#}").lines().next().unwrap_or_default().to_owned();
+                progress(&format!("{name}: skipped: {why}"));
+                report.row(name, "starts", Outcome::Skipped, &why);
                 continue;
             }
             match devices.start_one(kind, dir) {

@@ -6,8 +6,9 @@
 //! (firmware, odd partition tools), through the second: there the page cache is the bounce buffer and
 //! the kernel does read-modify-write, keeps both views coherent, and orders them on `fdatasync`.
 //!
-//! On tmpfs nothing ever waits for a device, so a plain `preadv2` on the worker's thread is
-//! cheaper than a trip through io_uring, which would hand each request to a kernel thread.
+//! On tmpfs and on RAM-backed block devices nothing ever waits for hardware, so a plain `preadv2` on
+//! the worker's thread is cheaper than a trip through io_uring, which for tmpfs would hand each request
+//! to a kernel thread.
 #![allow(unsafe_code, reason = "preadv2/pwritev2 on guest memory, block device ioctls")]
 
 use std::fs::File;
@@ -104,7 +105,7 @@ pub(super) fn take_lock(file: &File, options: &OpenOptions) -> Result<(), OpenEr
         return Ok(());
     }
     let path = || options.path.clone();
-    match lock::try_lock(file, !options.read_only) {
+    match lock::lock(file, !options.read_only) {
         Ok(true) => Ok(()),
         Ok(false) => {
             let pid = lock::holder(file, !options.read_only);
@@ -133,11 +134,21 @@ fn direct_alignment(file: &File, block_device: bool) -> Option<DirectAlignment> 
         .then(|| DirectAlignment { memory: memory as usize, offset: u64::from(offset) })
 }
 
+/// Whether `file` is a block device that is memory alone: zram, brd.
+fn is_ram_device(file: &File) -> bool {
+    let Ok(stat) = rustix::fs::fstat(file) else { return false };
+    let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+    let device = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).unwrap_or_default();
+    let name = device.file_name().and_then(|n| n.to_str()).unwrap_or("");
+    let kind = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    kind == "zram" || kind == "ram"
+}
+
 /// Whether `file` is on a file system that is memory alone.
 fn is_in_memory(file: &File) -> bool {
-    const TMPFS: i64 = 0x0102_1994;
-    const RAMFS: i64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|s| matches!(i64::from(s.f_type), TMPFS | RAMFS))
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    const RAMFS: rustix::fs::FsWord = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|s| matches!(s.f_type, TMPFS | RAMFS))
 }
 
 /// Block sizes of `file`; `wanted` is the operator's.
@@ -176,7 +187,8 @@ impl RawImage {
         }
         take_lock(&buffered, options)?;
         let blocks = blocks_of(&buffered, block_device, options)?;
-        let in_memory = is_in_memory(&buffered) && !block_device;
+        let in_memory = !block_device && is_in_memory(&buffered);
+        let inline = in_memory || (block_device && is_ram_device(&buffered));
         let direct = match options.cache {
             Cache::Buffered => None,
             // Page cache is all there is.
@@ -193,7 +205,7 @@ impl RawImage {
         };
         let image = Arc::new(Self { buffered, direct, block_device, blocks });
         image.check_size(path)?;
-        let route = if in_memory { Route::Inline } else { Route::Ring(image.clone()) };
+        let route = if inline { Route::Inline } else { Route::Ring(image.clone()) };
         Ok(Store { image, route })
     }
 
@@ -211,7 +223,7 @@ impl RawImage {
         if size < SECTOR_SIZE {
             return Err(OpenError::TooSmall { path, size });
         }
-        if size % u64::from(block_size) != 0 {
+        if !size.is_multiple_of(u64::from(block_size)) {
             return Err(OpenError::Misaligned { path, size, block_size });
         }
         Ok(())
@@ -278,13 +290,17 @@ impl RawImage {
             .build()
     }
 
-    /// Moves all of `data`, on this thread, through the page cache.
+    /// Moves all of `data`, on this thread.
     fn transfer(&self, transfer: Transfer, mut offset: u64, data: &mut IoVecs) -> io::Result<()> {
-        let fd = self.buffered.as_raw_fd();
+        let mut descriptor = self.route(offset, data);
         while !data.is_empty() {
+            let fd = match (&self.direct, descriptor) {
+                (Some((file, _)), Descriptor::Direct) => file.as_raw_fd(),
+                _ => self.buffered.as_raw_fd(),
+            };
             let vectors = data.as_slice();
             let count = i32::try_from(vectors.len().min(IOV_MAX)).unwrap_or(1);
-            let at = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let at = i64::try_from(offset).map_err(io::Error::other)?;
             let flags = if transfer == Transfer::WriteThrough { libc::RWF_DSYNC } else { 0 };
             let done = match transfer {
                 // SAFETY: `IoVecs` vouches for the ranges, and the array has `count` entries.
@@ -297,13 +313,19 @@ impl RawImage {
                 Ok(n) => {
                     data.advance(n);
                     offset = offset.saturating_add(n as u64);
+                    descriptor = self.route(offset, data);
                 }
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    // The file system wanted something aligned that it had not told of.
+                    error
+                        if error.raw_os_error() == Some(libc::EINVAL)
+                            && descriptor == Descriptor::Direct =>
+                    {
+                        descriptor = Descriptor::Buffered;
                     }
-                }
+                    error => return Err(error),
+                },
             }
         }
         Ok(())

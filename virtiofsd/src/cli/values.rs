@@ -1,0 +1,100 @@
+//! Values of options, checked while they are parsed.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use rustix::thread::CapabilitySet;
+
+/// `--uid-map` and `--gid-map`: ids of a user namespace. The first character is the separator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdMapping {
+    /// First id inside.
+    pub inside: u32,
+    /// First id outside.
+    pub outside: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// Why a mapping of ids cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not a map of ids: write :INSIDE:OUTSIDE:COUNT:, each a number, and COUNT at least 1")]
+pub struct IdMappingError;
+
+impl FromStr for IdMapping {
+    type Err = IdMappingError;
+
+    fn from_str(text: &str) -> Result<Self, IdMappingError> {
+        let mut chars = text.chars();
+        let separator = chars.next().filter(|c| !c.is_ascii_digit()).ok_or(IdMappingError)?;
+        let rest = chars.as_str().strip_suffix(separator).ok_or(IdMappingError)?;
+        let fields: Vec<u32> =
+            rest.split(separator).map_while(|field| field.parse().ok()).collect();
+        match *fields {
+            [inside, outside, count]
+                if count > 0
+                    && rest.split(separator).count() == 3
+                    && inside.checked_add(count - 1).is_some()
+                    && outside.checked_add(count - 1).is_some() =>
+            {
+                Ok(Self { inside, outside, count })
+            }
+            _ => Err(IdMappingError),
+        }
+    }
+}
+
+/// `--modcaps`: capabilities to keep or drop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CapabilityChanges {
+    added: CapabilitySet,
+    dropped: CapabilitySet,
+}
+
+/// Why a list of capabilities cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CapabilityError {
+    /// No sign before it.
+    #[error("'{0}' must begin with + (keep) or - (drop)")]
+    NoSign(String),
+    /// Not one that Linux has.
+    #[error("there is no capability '{0}'")]
+    Unknown(String),
+}
+
+impl CapabilityChanges {
+    /// `set` with these changes.
+    #[must_use]
+    pub fn apply(self, set: CapabilitySet) -> CapabilitySet {
+        (set | self.added) - self.dropped
+    }
+}
+
+impl FromStr for CapabilityChanges {
+    type Err = CapabilityError;
+
+    fn from_str(text: &str) -> Result<Self, CapabilityError> {
+        let mut changes = Self { added: CapabilitySet::empty(), dropped: CapabilitySet::empty() };
+        for word in text.split(':').filter(|word| !word.is_empty()) {
+            let (keep, name) = match (word.strip_prefix('+'), word.strip_prefix('-')) {
+                (Some(name), _) => (true, name),
+                (_, Some(name)) => (false, name),
+                _ => return Err(CapabilityError::NoSign(word.to_owned())),
+            };
+            let upper = name.to_ascii_uppercase();
+            let one = CapabilitySet::from_name(upper.strip_prefix("CAP_").unwrap_or(&upper))
+                .ok_or_else(|| CapabilityError::Unknown(name.to_owned()))?;
+            // The last word on a capability counts.
+            changes.added.set(one, keep);
+            changes.dropped.set(one, !keep);
+        }
+        Ok(changes)
+    }
+}
+
+/// A number of seconds, with a fraction if need be.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{text}' is not a number of seconds");
+    let seconds: f64 = text.parse().map_err(|_not_a_number| wrong())?;
+    Duration::try_from_secs_f64(seconds).map_err(|_out_of_range| wrong())
+}

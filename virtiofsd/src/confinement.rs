@@ -1,0 +1,132 @@
+//! Locking the daemon in: the shared directory becomes the root, and little else is left.
+//!
+//! The order of the stages is that of [`outboard_common::sandbox`]. What must be open when the
+//! directory has become the root is opened here or before.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use anyhow::Context as _;
+use outboard_common::sandbox::namespaces::id_map::{IdMap, IdMaps};
+use outboard_common::sandbox::namespaces::root;
+use outboard_common::sandbox::{
+    CapabilitySet, Outcome, Stage, StageError, Stages, capabilities, rlimits, stages,
+};
+use rustix::fs::{Mode, OFlags, open};
+
+use crate::cli::{Arguments, ConfinementArgs, IdArgs, IdMapping, InodeHandles, Sandbox};
+use crate::seccomp;
+
+/// Descriptors that may be open, where the operator says nothing and the system allows more.
+const OPEN_FILES: u64 = 1_000_000;
+
+/// What the passthrough gets to work with.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    /// The shared directory.
+    pub(crate) directory: OwnedFd,
+    /// `/proc/self/fd`.
+    pub(crate) proc_self_fd: OwnedFd,
+}
+
+/// The capabilities that a file server needs to act for all users of the guest.
+fn usual_capabilities(handles: InodeHandles) -> CapabilitySet {
+    let mut set = CapabilitySet::CHOWN
+        | CapabilitySet::DAC_OVERRIDE
+        | CapabilitySet::FOWNER
+        | CapabilitySet::FSETID
+        | CapabilitySet::SETGID
+        | CapabilitySet::SETUID
+        | CapabilitySet::MKNOD
+        | CapabilitySet::SETFCAP;
+    if handles != InodeHandles::Never {
+        // For open_by_handle_at.
+        set |= CapabilitySet::DAC_READ_SEARCH;
+    }
+    set
+}
+
+/// The ids of the user namespace; `None` when there need not be one.
+fn id_maps(ids: &IdArgs) -> Option<IdMaps> {
+    let map = |list: &[IdMapping]| -> Vec<IdMap> {
+        let one = |m: &IdMapping| IdMap { inside: m.inside, outside: m.outside, count: m.count };
+        list.iter().map(one).collect()
+    };
+    if ids.uid_map.is_empty() && ids.gid_map.is_empty() {
+        return (!rustix::process::geteuid().is_root()).then(IdMaps::self_as_root);
+    }
+    let mut maps = IdMaps::self_as_root();
+    if !ids.uid_map.is_empty() {
+        maps.users = map(&ids.uid_map);
+    }
+    if !ids.gid_map.is_empty() {
+        maps.groups = map(&ids.gid_map);
+    }
+    Some(maps)
+}
+
+/// Sets the limit of open files; one that the operator asked for must be had.
+fn open_files(stages: &mut Stages, args: &ConfinementArgs) -> anyhow::Result<()> {
+    let allowed = fs::read_to_string("/proc/sys/fs/nr_open")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(OPEN_FILES);
+    match args.rlimit_nofile {
+        Some(0) => {}
+        Some(wanted) => stages.require(Stage::Rlimits, || match rlimits::open_files(wanted)? {
+            Outcome::Partly(why) => Err(StageError::System {
+                action: "set the number of open files",
+                source: std::io::Error::other(why),
+            }),
+            outcome => Ok(outcome),
+        })?,
+        None => {
+            stages.attempt(Stage::Rlimits, || rlimits::open_files(OPEN_FILES.min(allowed)));
+        }
+    }
+    Ok(())
+}
+
+fn open_path(path: &Path) -> anyhow::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    open(path, flags, Mode::empty()).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Enters the sandbox that `arguments` ask for around `shared`. No thread runs yet.
+///
+/// # Errors
+/// A required stage cannot be done.
+pub(crate) fn enter(arguments: &Arguments, shared: &Path) -> anyhow::Result<Entered> {
+    let args = &arguments.confinement;
+    let mut stages = Stages::begin()?;
+    open_files(&mut stages, args)?;
+    let mut proc_self_fd = None;
+    let root = Path::new("/");
+    match args.sandbox {
+        Sandbox::Namespace => stages.require(Stage::Namespaces, || {
+            proc_self_fd = Some(root::enter(shared, id_maps(&arguments.ids).as_ref())?.self_fd);
+            Ok(Outcome::Applied)
+        })?,
+        Sandbox::Chroot => stages.require(Stage::Namespaces, || {
+            proc_self_fd = Some(root::change(shared)?.self_fd);
+            Ok(Outcome::Applied)
+        })?,
+        Sandbox::None => {}
+    }
+    let (directory, proc_self_fd) = match proc_self_fd {
+        Some(proc_self_fd) => (open_path(root)?, proc_self_fd),
+        None => (open_path(shared)?, open_path(Path::new("/proc/self/fd"))?),
+    };
+    // Modes come from the guest, where its umask was applied already.
+    rustix::process::umask(Mode::empty());
+    stages.require(Stage::NoNewPrivileges, stages::no_new_privileges)?;
+    let held = rustix::thread::capabilities(None).context("read the capabilities")?.permitted;
+    let mut kept = usual_capabilities(arguments.sharing.inode_file_handles) & held;
+    if let Some(changes) = args.modcaps {
+        kept = changes.apply(kept);
+    }
+    stages.require(Stage::Capabilities, || capabilities::keep(kept))?;
+    stages.require(Stage::Seccomp, || seccomp::filter().apply(args.seccomp.seccomp))?;
+    Ok(Entered { directory, proc_self_fd })
+}

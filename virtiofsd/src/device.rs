@@ -1,0 +1,178 @@
+//! The virtio-fs device. Virtio 1.3, 5.11.
+//!
+//! Queue 0 is the high-priority queue (FORGET, INTERRUPT), the others are request queues, each with a
+//! worker of its own. A VMM that leaves or resets the device ends the FUSE session: the next guest
+//! starts with INIT and an empty inode table.
+
+use std::sync::Arc;
+
+use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
+use outboard_common::worker::EventLoop;
+use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
+use zerocopy::{Immutable, IntoBytes};
+
+use crate::fuse::{Extension, Limits, Server};
+use crate::slow_pool::SlowPool;
+use crate::worker::FsWorker;
+
+/// Bytes of a tag in configuration space; shorter tags end with NUL.
+pub const TAG_SIZE: usize = 36;
+
+/// Request queues that a VMM may use when the operator did not say how many.
+const MAX_REQUEST_QUEUES: u16 = 64;
+
+/// Configuration space. Virtio 1.3, 5.11.4.
+#[derive(Debug, Clone, Copy, IntoBytes, Immutable)]
+#[repr(C)]
+struct Config {
+    tag: [u8; TAG_SIZE],
+    num_request_queues: [u8; 4],
+}
+
+/// Why a tag cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TagError {
+    /// A guest could not name it.
+    #[error("a tag cannot be empty")]
+    Empty,
+    /// It does not fit into configuration space.
+    #[error("the tag has {0} bytes; at most {TAG_SIZE} are possible")]
+    TooLong(usize),
+}
+
+/// The name under which a guest mounts the file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tag([u8; TAG_SIZE]);
+
+impl std::fmt::Display for Tag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = self.0.split(|&b| b == 0).next().unwrap_or(&[]);
+        f.write_str(&String::from_utf8_lossy(text))
+    }
+}
+
+impl std::str::FromStr for Tag {
+    type Err = TagError;
+
+    fn from_str(text: &str) -> Result<Self, TagError> {
+        let mut tag = [0; TAG_SIZE];
+        if text.is_empty() {
+            return Err(TagError::Empty);
+        }
+        tag.get_mut(..text.len())
+            .ok_or(TagError::TooLong(text.len()))?
+            .copy_from_slice(text.as_bytes());
+        Ok(Self(tag))
+    }
+}
+
+/// How the device looks and works, apart from its file system.
+#[derive(Debug, Clone)]
+pub struct DeviceOptions {
+    /// For logs, threads and metrics.
+    pub name: String,
+    /// The tag; without one, configuration space is not offered (the VMM has its own tag).
+    pub tag: Option<Tag>,
+    /// Request queues; `None`: what configuration space says is 1, and a VMM that decides itself may
+    /// use up to 64.
+    pub request_queues: Option<u16>,
+    /// Slow threads at the most; 0: requests that wait hold up their queue.
+    pub slow_threads: usize,
+    /// For INIT.
+    pub limits: Limits,
+}
+
+/// A virtio-fs device in front of the file system `F`.
+#[derive(Debug)]
+pub struct FsDevice<F> {
+    options: DeviceOptions,
+    server: Arc<Server<F>>,
+    pool: Arc<SlowPool<F>>,
+}
+
+impl<F: Extension> FsDevice<F> {
+    /// A device that serves `fs`.
+    pub fn new(fs: F, options: DeviceOptions) -> Self {
+        let server = Arc::new(Server::new(fs, options.limits));
+        let pool = Arc::new(SlowPool::new(server.clone(), options.slow_threads));
+        Self { options, server, pool }
+    }
+
+    /// The FUSE server.
+    pub fn server(&self) -> &Arc<Server<F>> {
+        &self.server
+    }
+
+    fn config(&self) -> Config {
+        let queues = u32::from(self.options.request_queues.unwrap_or(1));
+        Config {
+            tag: self.options.tag.map_or([0; TAG_SIZE], |tag| tag.0),
+            num_request_queues: queues.to_le_bytes(),
+        }
+    }
+}
+
+impl<F: Extension> Device for FsDevice<F> {
+    fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    fn queue_count(&self) -> u16 {
+        1 + self.options.request_queues.unwrap_or(MAX_REQUEST_QUEUES)
+    }
+
+    fn features(&self) -> u64 {
+        // In-order completion would let one slow request hold up all that follow it.
+        RING_FEATURES & !(1 << VIRTIO_F_IN_ORDER)
+    }
+
+    fn withheld_protocol_features(&self) -> u64 {
+        use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
+        // Requests must not be done twice, and a new process knows none of the old one's inodes.
+        let mut withheld = P::INFLIGHT_SHMFD;
+        if self.options.tag.is_none() {
+            withheld |= P::CONFIG;
+        }
+        withheld.bits()
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        let config = self.config();
+        let bytes = config.as_bytes();
+        let at = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+        let (_, rest) = bytes.split_at(at);
+        let n = rest.len().min(out.len());
+        let (known, unknown) = out.split_at_mut(n);
+        known.copy_from_slice(&rest[..n]);
+        unknown.fill(0);
+    }
+
+    fn worker_of(&self, queue: u16) -> usize {
+        usize::from(queue)
+    }
+
+    fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
+        let worker = FsWorker::new(self.server.clone(), self.pool.clone())?;
+        let event_loop = EventLoop::new(worker)?;
+        Ok(Box::new(move |control| event_loop.run(control)))
+    }
+
+    fn reset(&self) {
+        self.server.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tags_fit_or_say_why_not() {
+        assert_eq!("".parse::<Tag>(), Err(TagError::Empty));
+        assert_eq!("a".repeat(37).parse::<Tag>(), Err(TagError::TooLong(37)));
+        let full: Tag = "t".repeat(36).parse().unwrap();
+        assert_eq!(full.0, [b't'; 36]);
+        let short: Tag = "ab".parse().unwrap();
+        assert_eq!(&short.0[..3], b"ab\0");
+    }
+}

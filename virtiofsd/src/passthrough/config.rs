@@ -1,0 +1,146 @@
+//! What the operator chose for the passthrough.
+
+use std::time::Duration;
+
+use super::id_map::IdMap;
+use super::xattr_map::XattrMap;
+
+/// How long the guest may keep what it learned (`--cache`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CachePolicy {
+    /// Nothing; file contents bypass the guest's page cache.
+    Never,
+    /// Names and attributes for long, contents not at all.
+    Metadata,
+    /// Names and attributes for a second; contents until the file is opened again.
+    #[default]
+    Auto,
+    /// Everything, for long: nobody else changes the directory.
+    Always,
+}
+
+impl CachePolicy {
+    /// How long names and attributes hold.
+    #[must_use]
+    pub const fn timeout(self) -> Duration {
+        match self {
+            Self::Never => Duration::ZERO,
+            Self::Auto => Duration::from_secs(1),
+            Self::Metadata | Self::Always => Duration::from_secs(86_400),
+        }
+    }
+}
+
+/// When to name inodes by file handle rather than hold an fd (`--inode-file-handles`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InodeFileHandles {
+    /// Hold an `O_PATH` fd for every inode that the guest knows.
+    Never,
+    /// Use handles where the file system has them and the process may open them.
+    #[default]
+    Prefer,
+    /// Refuse inodes that have none.
+    Mandatory,
+}
+
+/// Whether a feature of the guest is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Demand {
+    /// Leave it off.
+    #[default]
+    Never,
+    /// Switch it on if the guest has it.
+    Auto,
+    /// Refuse a guest that has it not.
+    Always,
+}
+
+/// What the operator chose for the passthrough.
+#[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools, reason = "each is one flag of the command line")]
+pub struct Config {
+    /// `--cache`.
+    pub cache: CachePolicy,
+    /// `--allow-mmap`: let the guest map files whose contents it does not cache.
+    pub allow_mmap: bool,
+    /// `--writeback`.
+    pub writeback: bool,
+    /// Not `--no-readdirplus`.
+    pub readdirplus: bool,
+    /// `--allow-direct-io`: pass `O_DIRECT` on.
+    pub allow_direct_io: bool,
+    /// `--xattr`.
+    pub xattr: bool,
+    /// `--xattrmap`; implies `xattr`.
+    pub xattr_map: Option<XattrMap>,
+    /// `--posix-acl`; implies `xattr`.
+    pub posix_acl: Demand,
+    /// `--security-label`; implies `xattr`.
+    pub security_label: Demand,
+    /// `--killpriv-v2`.
+    pub killpriv_v2: bool,
+    /// Not `--no-announce-submounts`.
+    pub announce_submounts: bool,
+    /// `--preserve-noatime`.
+    pub preserve_noatime: bool,
+    /// `--readonly`.
+    pub readonly: bool,
+    /// `--inode-file-handles`.
+    pub inode_file_handles: InodeFileHandles,
+    /// `--translate-uid`.
+    pub uid_map: IdMap,
+    /// `--translate-gid`.
+    pub gid_map: IdMap,
+    /// `--posix-lock`: forward `fcntl` locks to the host.
+    pub posix_locks: bool,
+    /// `--flock`: forward `flock` locks to the host.
+    pub flock: bool,
+    /// `-o timeout=`: overrides the timeout of `cache`.
+    pub timeout: Option<Duration>,
+    /// Fds kept open for inodes that have file handles.
+    pub hot_fds: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cache: CachePolicy::default(),
+            allow_mmap: false,
+            writeback: false,
+            readdirplus: true,
+            allow_direct_io: false,
+            xattr: false,
+            xattr_map: None,
+            posix_acl: Demand::Never,
+            security_label: Demand::Never,
+            killpriv_v2: false,
+            announce_submounts: true,
+            preserve_noatime: false,
+            readonly: false,
+            inode_file_handles: InodeFileHandles::default(),
+            uid_map: IdMap::default(),
+            gid_map: IdMap::default(),
+            posix_locks: false,
+            flock: false,
+            timeout: None,
+            hot_fds: 2048,
+        }
+    }
+}
+
+impl Config {
+    /// How long names and attributes hold in the guest.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        self.timeout.unwrap_or(self.cache.timeout())
+    }
+
+    /// Whether extended attributes are on, by themselves or for something that needs them.
+    #[must_use]
+    pub fn uses_xattr(&self) -> bool {
+        self.xattr
+            || self.xattr_map.is_some()
+            || self.posix_acl != Demand::Never
+            || self.security_label != Demand::Never
+    }
+}

@@ -1,0 +1,246 @@
+//! From names to nodes and from nodes to fds.
+
+use std::ffi::CStr;
+use std::hash::Hasher;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use fuse_backend_rs::api::filesystem::Entry;
+use rustix::fs::{Mode, OFlags};
+
+use super::sys::{self, FdName, RawHandle};
+use super::{PassthroughFs, birth_of, component, errno, key_of};
+use crate::inode_store::{Handle, NewNode, NodeFd, NodeInfo};
+
+/// `fuse_attr.flags`: the root of a submount (FUSE_ATTR_SUBMOUNT).
+pub(super) const ATTR_SUBMOUNT: u32 = 1 << 0;
+
+/// The file type in the mode of `stat`.
+#[inline]
+pub(super) fn type_of(stat: &libc::statx) -> u32 {
+    u32::from(stat.stx_mode) & libc::S_IFMT
+}
+
+/// Whether a failed open may succeed once fds are free.
+fn out_of_fds(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+impl PassthroughFs {
+    /// LOOKUP.
+    pub(super) fn do_lookup(&self, parent: u64, name: &CStr) -> io::Result<Entry> {
+        component(name)?;
+        let dir = self.node_fd(parent)?;
+        let stat = sys::statx(dir.as_fd(), name, 0, sys::STATX_MASK)?;
+        self.entry(parent, dir.as_fd(), name, stat)
+    }
+
+    /// The entry for `name` in `dir`, which is node `parent`, just found to be `stat`: counts a lookup.
+    #[inline]
+    pub(super) fn entry(
+        &self,
+        parent: u64,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        mut stat: libc::statx,
+    ) -> io::Result<Entry> {
+        let birth = birth_of(&stat);
+        let known = if birth == 0 { None } else { self.inodes.look_up(key_of(&stat), birth) };
+        let id = match known {
+            Some(id) => id,
+            None => self.adopt(parent, dir, name, &mut stat)?,
+        };
+        Ok(self.entry_of(id, &stat))
+    }
+
+    /// The reply for a node just looked up.
+    #[inline]
+    pub(super) fn entry_of(&self, id: u64, stat: &libc::statx) -> Entry {
+        Entry {
+            inode: id,
+            generation: 0,
+            attr: self.guest_stat(stat),
+            attr_flags: self.flags_of(id, type_of(stat)),
+            attr_timeout: self.timeout,
+            entry_timeout: self.timeout,
+        }
+    }
+
+    /// The `fuse_attr` flags of a node.
+    #[inline]
+    pub(super) fn flags_of(&self, id: u64, file_type: u32) -> u32 {
+        if file_type != libc::S_IFDIR || !self.config.announce_submounts {
+            return 0;
+        }
+        match self.inodes.kind(id) {
+            Some((_, true)) => ATTR_SUBMOUNT,
+            _ => 0,
+        }
+    }
+
+    /// Makes a node for an inode that may be unknown. `stat` becomes what was adopted, if `name` is
+    /// another inode by now. An empty `name` means `dir` itself.
+    #[cold]
+    pub(super) fn adopt(
+        &self,
+        parent: u64,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        stat: &mut libc::statx,
+    ) -> io::Result<u64> {
+        let mut key = key_of(stat);
+        let mut handle = self.mounts.acquire(dir, name, key)?;
+        let mut fd = None;
+        if handle == Handle::None {
+            let pinned = self.with_spare_fds(|| open_path(dir, name)).inspect_err(|_| {
+                self.mounts.release(key.mount);
+            })?;
+            let found = sys::statx(pinned.as_fd(), c"", 0, sys::STATX_MASK);
+            *stat = found.inspect_err(|_| self.mounts.release(key.mount))?;
+            if key_of(stat).mount != key.mount {
+                self.mounts.release(key.mount);
+                key = key_of(stat);
+                handle = self.mounts.acquire(pinned.as_fd(), c"", key)?;
+            }
+            key = key_of(stat);
+            fd = Some(NodeFd::new(pinned));
+        }
+        let birth_ns = identity_birth(stat, &handle);
+        if let Some(id) = self.inodes.look_up(key, birth_ns) {
+            self.mounts.release(key.mount);
+            return Ok(id);
+        }
+        let file_type = type_of(stat);
+        let submount = file_type == libc::S_IFDIR
+            && self.inodes.info(parent).is_some_and(|parent| parent.key.mount != key.mount);
+        let verified = fd.is_some();
+        let info = NodeInfo { key, birth_ns, file_type, submount, verified, handle };
+        match self.inodes.insert(NewNode { info, fd }) {
+            Some((id, true)) => Ok(id),
+            Some((id, false)) => {
+                self.mounts.release(key.mount);
+                Ok(id)
+            }
+            None => {
+                self.mounts.release(key.mount);
+                Err(errno(libc::ENOMEM))
+            }
+        }
+    }
+
+    /// FORGET.
+    pub(super) fn do_forget(&self, id: u64, count: u64) {
+        if let Some(key) = self.inodes.forget(id, count) {
+            self.mounts.release(key.mount);
+        }
+    }
+
+    /// An `O_PATH` fd of a node.
+    #[inline]
+    pub(super) fn node_fd(&self, id: u64) -> io::Result<NodeFd> {
+        match self.inodes.fd(id) {
+            Some(fd) => Ok(fd),
+            None => self.reopen(id),
+        }
+    }
+
+    /// Opens a node again that has no fd, and makes sure it is the same inode.
+    #[cold]
+    fn reopen(&self, id: u64) -> io::Result<NodeFd> {
+        let info = self.inodes.info(id).ok_or(errno(libc::ESTALE))?;
+        let fd = self.open_handle(id, &info, libc::O_PATH)?;
+        if !info.verified {
+            let stat = sys::statx(fd.as_fd(), c"", 0, sys::STATX_MASK)?;
+            let same = key_of(&stat) == info.key
+                && (birth_of(&stat) == info.birth_ns || info.birth_ns >> 63 == 1);
+            if !same {
+                self.inodes.detach(id);
+                return Err(errno(libc::ESTALE));
+            }
+        }
+        Ok(self.inodes.set_fd(id, NodeFd::new(fd)))
+    }
+
+    fn open_handle(&self, id: u64, info: &NodeInfo, flags: i32) -> io::Result<OwnedFd> {
+        let (kind, bytes) = info.handle.parts().ok_or(errno(libc::ESTALE))?;
+        let mount = self.mounts.get(info.key.mount).ok_or(errno(libc::ESTALE))?;
+        let mount_fd = mount.fd().ok_or(errno(libc::ESTALE))?;
+        let raw = RawHandle::new(kind, bytes);
+        let opened = self.with_spare_fds(|| sys::open_by_handle(mount_fd, &raw, flags));
+        opened.inspect_err(|error| {
+            if error.raw_os_error() == Some(libc::ESTALE) {
+                // The inode is gone; its number will be another's.
+                self.inodes.detach(id);
+            }
+        })
+    }
+
+    /// Opens the contents of a node: a regular file or a directory, nothing else.
+    pub(super) fn open_node(&self, id: u64, flags: i32) -> io::Result<OwnedFd> {
+        let (file_type, _) = self.inodes.kind(id).ok_or(errno(libc::ESTALE))?;
+        if file_type != libc::S_IFREG && file_type != libc::S_IFDIR {
+            return Err(errno(libc::EBADF));
+        }
+        let fixed = libc::O_NOFOLLOW | libc::O_CREAT | libc::O_EXCL | libc::O_NOCTTY;
+        let flags = (flags & !fixed) | libc::O_CLOEXEC;
+        if self.inodes.fd(id).is_none() {
+            let info = self.inodes.info(id).ok_or(errno(libc::ESTALE))?;
+            if info.verified && info.handle != Handle::None {
+                return self.open_handle(id, &info, flags);
+            }
+        }
+        let fd = self.node_fd(id)?;
+        self.reopen_fd(fd.as_fd(), flags)
+    }
+
+    /// Opens again what `fd` refers to.
+    pub(super) fn reopen_fd(&self, fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
+        let name = FdName::new(fd);
+        let flags = OFlags::from_bits_retain(flags.cast_unsigned()) | OFlags::CLOEXEC;
+        self.with_spare_fds(|| {
+            Ok(rustix::fs::openat(self.proc_fd(), name.as_c_str(), flags, Mode::empty())?)
+        })
+    }
+
+    /// Runs `open`, and again with the fds of all cooled nodes free if there was none left.
+    pub(super) fn with_spare_fds<T>(&self, open: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        match open() {
+            Err(error) if out_of_fds(&error) && self.inodes.cool_all() > 0 => open(),
+            result => result,
+        }
+    }
+
+    /// Notes that `stat`, just removed from a directory, may have lost its last name: the next inode
+    /// with its number is another one.
+    pub(super) fn forget_identity(&self, stat: &libc::statx) {
+        if type_of(stat) != libc::S_IFDIR && stat.stx_nlink > 1 {
+            return;
+        }
+        if let Some(id) = self.inodes.peek(key_of(stat), birth_of(stat)) {
+            self.inodes.detach(id);
+        }
+    }
+}
+
+/// An `O_PATH` fd of `name` in `dir`, or of `dir` itself.
+fn open_path(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
+    if name.is_empty() {
+        return Ok(rustix::io::fcntl_dupfd_cloexec(dir, 0)?);
+    }
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(dir, name, flags, Mode::empty())?)
+}
+
+/// What tells an inode from a later one with the same number: its birth time, or, where the file system
+/// keeps none, a digest of its handle. An inode that we hold open needs neither.
+pub(super) fn identity_birth(stat: &libc::statx, handle: &Handle) -> u64 {
+    match (birth_of(stat), handle.parts()) {
+        (0, Some((kind, bytes))) => {
+            let mut digest = std::hash::DefaultHasher::new();
+            digest.write_i32(kind);
+            digest.write(bytes);
+            digest.finish() | (1 << 63)
+        }
+        (birth, _) => birth,
+    }
+}

@@ -1,0 +1,7 @@
+//! Tests of the passthrough against real directories, one module a promise.
+
+mod escape;
+mod families;
+mod harness;
+mod ids;
+mod property;

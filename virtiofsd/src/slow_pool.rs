@@ -1,0 +1,194 @@
+//! Threads for requests that wait: disk misses, fsync, big copies.
+//!
+//! # Theory of operation
+//! A queue's worker hands a whole chain over ([`SlowPool::submit`]) and goes on; a slow thread does
+//! the request from the start, with waiting allowed, and puts the chain with its outcome into the
+//! worker's [`Mailbox`], whose descriptor wakes the worker's loop. Threads are made when there is work
+//! and no idle thread, up to the pool's size, and leave after some idle seconds, so that a daemon at
+//! rest has none.
+//!
+//! A worker must take back every chain it submitted before it gives its queue back or ends
+//! ([`Mailbox::wait`]): a chain points into guest memory that only the queue keeps mapped.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use outboard_common::ring::Chain;
+use outboard_common::sys::EventFd;
+
+use crate::fuse::{Extension, Outcome, Scratch, Server, Wait};
+
+/// How long an idle thread stays.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// A request done by a slow thread.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its chain.
+    pub chain: Box<Chain>,
+    /// The chain's queue.
+    pub queue: u16,
+    /// What became of it.
+    pub outcome: Outcome,
+    /// Bytes read from files.
+    pub bytes_read: u64,
+    /// Bytes written to files.
+    pub bytes_written: u64,
+}
+
+/// Where a worker gets its finished requests.
+#[derive(Debug)]
+pub struct Mailbox {
+    finished: Mutex<Vec<Finished>>,
+    arrived: Condvar,
+    wake: EventFd,
+}
+
+impl Mailbox {
+    /// An empty mailbox.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { finished: Mutex::default(), arrived: Condvar::new(), wake: EventFd::new()? })
+    }
+
+    /// Readable when something arrived.
+    pub fn wake_fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+
+    fn put(&self, finished: Finished) {
+        lock(&self.finished).push(finished);
+        self.arrived.notify_one();
+        self.wake.signal();
+    }
+
+    /// Exchanges what arrived with the empty `into`.
+    pub fn take(&self, into: &mut Vec<Finished>) {
+        self.wake.drain();
+        std::mem::swap(&mut *lock(&self.finished), into);
+    }
+
+    /// Waits until something arrived, and takes it.
+    pub fn wait(&self, into: &mut Vec<Finished>) {
+        let mut finished = lock(&self.finished);
+        while finished.is_empty() {
+            finished = self.arrived.wait(finished).unwrap_or_else(PoisonError::into_inner);
+        }
+        std::mem::swap(&mut *finished, into);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug)]
+struct Job {
+    chain: Box<Chain>,
+    queue: u16,
+    done: Arc<Mailbox>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+}
+
+#[derive(Debug)]
+struct Shared<F> {
+    server: Arc<Server<F>>,
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+/// The slow threads of a device.
+#[derive(Debug)]
+pub struct SlowPool<F> {
+    shared: Arc<Shared<F>>,
+    size: usize,
+}
+
+impl<F: Extension> SlowPool<F> {
+    /// A pool of at most `size` threads, none of which exists yet.
+    pub fn new(server: Arc<Server<F>>, size: usize) -> Self {
+        let shared = Shared { server, state: Mutex::default(), work: Condvar::new() };
+        Self { shared: Arc::new(shared), size }
+    }
+
+    /// Has the request in `chain`, of `queue`, done; it comes back in `done`.
+    ///
+    /// # Errors
+    /// There is no thread and none can be made (or the pool's size is 0): the chain comes back, to
+    /// be done by the caller.
+    pub fn submit(
+        &self,
+        chain: Box<Chain>,
+        queue: u16,
+        done: &Arc<Mailbox>,
+    ) -> Result<(), Box<Chain>> {
+        let mut state = lock(&self.shared.state);
+        if state.idle <= state.jobs.len() && state.threads < self.size {
+            match spawn(&self.shared) {
+                Ok(()) => state.threads += 1,
+                Err(error) => tracing::warn!(%error, "no thread for slow requests"),
+            }
+        }
+        if state.threads == 0 {
+            return Err(chain);
+        }
+        state.jobs.push_back(Job { chain, queue, done: done.clone() });
+        drop(state);
+        self.shared.work.notify_one();
+        Ok(())
+    }
+}
+
+fn spawn<F: Extension>(shared: &Arc<Shared<F>>) -> io::Result<()> {
+    let shared = shared.clone();
+    let body = move || {
+        shared.server.file_system().on_thread();
+        let mut scratch = Scratch::default();
+        while let Some(job) = next(&shared) {
+            run(&shared.server, job, &mut scratch);
+        }
+    };
+    std::thread::Builder::new().name("slow".to_owned()).spawn(body).map(drop)
+}
+
+/// The next job; `None` when there was none for so long that the thread leaves.
+fn next<F>(shared: &Shared<F>) -> Option<Job> {
+    let mut state = lock(&shared.state);
+    state.idle += 1;
+    loop {
+        if let Some(job) = state.jobs.pop_front() {
+            state.idle -= 1;
+            return Some(job);
+        }
+        let waited = shared.work.wait_timeout(state, IDLE);
+        let (guard, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        state = guard;
+        if timeout.timed_out() && state.jobs.is_empty() {
+            state.idle -= 1;
+            state.threads -= 1;
+            return None;
+        }
+    }
+}
+
+fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
+    let outcome = server.handle(&mut job.chain, scratch, Wait::Allowed);
+    job.done.put(Finished {
+        chain: job.chain,
+        queue: job.queue,
+        outcome,
+        bytes_read: std::mem::take(&mut scratch.bytes_read),
+        bytes_written: std::mem::take(&mut scratch.bytes_written),
+    });
+}

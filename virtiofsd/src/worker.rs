@@ -1,0 +1,254 @@
+//! A queue's worker: chains from the ring through the server and back.
+//!
+//! # Theory of operation
+//! Each queue has a worker of its own. It does what needs no waiting at once, on its own thread; the
+//! rest goes to the [`SlowPool`] and comes back through the worker's [`Mailbox`]. A SETLKW whose lock
+//! is taken stays here and is tried again by a timer, so that any number of waiting guests costs no
+//! thread and a lock can never be waited for by more than its queue's length.
+//!
+//! Stopping a queue drains it: slow requests are waited for, waiting locks end with `EINTR`.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use epoll::Events;
+use outboard_common::ring::{Chain, Queue};
+use outboard_common::worker::{Context, Progress, QueueHandler};
+
+use crate::fuse::reply::Reply;
+use crate::fuse::wire::InHeader;
+use crate::fuse::{Extension, Outcome, Scratch, Server, Wait};
+use crate::slow_pool::{Finished, Mailbox, SlowPool};
+
+/// Requests done in one go before other events get their turn.
+const BUDGET: usize = 128;
+/// Replies that may wait for the publication of a batch.
+const PUBLISH_AFTER_REPLIES: usize = 16;
+/// Bytes of replies that may wait for it.
+const PUBLISH_AFTER_BYTES: u32 = 256 << 10;
+/// How often a waiting lock is tried, at first and at last.
+const LOCK_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
+
+const TOKEN_MAILBOX: u64 = 1;
+
+/// A SETLKW whose lock is taken.
+#[derive(Debug)]
+struct Waiting {
+    chain: Box<Chain>,
+    queue: u16,
+    unique: u64,
+}
+
+/// The worker of a queue.
+#[derive(Debug)]
+pub struct FsWorker<F: Extension> {
+    server: Arc<Server<F>>,
+    pool: Arc<SlowPool<F>>,
+    mailbox: Arc<Mailbox>,
+    scratch: Scratch,
+    chain: Box<Chain>,
+    /// Chains that came back from the pool, to be used again.
+    #[allow(clippy::vec_box, reason = "they travel in their boxes")]
+    spare: Vec<Box<Chain>>,
+    /// Working space for what comes out of the mailbox.
+    finished: Vec<Finished>,
+    /// Chains with the slow threads.
+    away: usize,
+    locks: Vec<Waiting>,
+    lock_pause: Duration,
+}
+
+impl<F: Extension> FsWorker<F> {
+    /// A worker that gives slow requests to `pool`.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn new(server: Arc<Server<F>>, pool: Arc<SlowPool<F>>) -> io::Result<Self> {
+        Ok(Self {
+            server,
+            pool,
+            mailbox: Arc::new(Mailbox::new()?),
+            scratch: Scratch::default(),
+            chain: Box::default(),
+            spare: Vec::new(),
+            finished: Vec::new(),
+            away: 0,
+            locks: Vec::new(),
+            lock_pause: LOCK_PAUSE.0,
+        })
+    }
+
+    /// Does what `self.chain` asks for. Returns the bytes of reply that wait for publication.
+    #[inline]
+    fn serve(&mut self, queue: &mut Queue) -> u32 {
+        match self.server.handle(&mut self.chain, &mut self.scratch, Wait::Never) {
+            Outcome::Done(written) => {
+                queue.push(&mut self.chain, written);
+                written
+            }
+            Outcome::Slow => self.hand_over(queue),
+            outcome => {
+                let chain = self.replace_chain();
+                self.settle(chain, outcome, queue);
+                0
+            }
+        }
+    }
+
+    /// Puts a spare chain in the place of `self.chain` and returns that.
+    fn replace_chain(&mut self) -> Box<Chain> {
+        std::mem::replace(&mut self.chain, self.spare.pop().unwrap_or_default())
+    }
+
+    #[cold]
+    fn hand_over(&mut self, queue: &mut Queue) -> u32 {
+        let chain = self.replace_chain();
+        match self.pool.submit(chain, queue.index(), &self.mailbox) {
+            Ok(()) => {
+                self.away += 1;
+                0
+            }
+            Err(mut chain) => {
+                let outcome = self.server.handle(&mut chain, &mut self.scratch, Wait::Allowed);
+                self.settle(chain, outcome, queue)
+            }
+        }
+    }
+
+    /// Does with `chain` what its outcome says.
+    fn settle(&mut self, mut chain: Box<Chain>, outcome: Outcome, queue: &mut Queue) -> u32 {
+        let written = match outcome {
+            Outcome::Done(written) => written,
+            Outcome::Locked { unique } => {
+                self.lock_pause = LOCK_PAUSE.0;
+                self.locks.push(Waiting { chain, queue: queue.index(), unique });
+                return 0;
+            }
+            // A file system that cannot do without waiting even when it may wait is broken.
+            Outcome::Rejected | Outcome::Slow => {
+                queue.metrics().rejected.add(1);
+                0
+            }
+        };
+        queue.push(&mut chain, written);
+        self.spare.push(chain);
+        written
+    }
+
+    fn count_bytes(&mut self, queue: &Queue) {
+        let metrics = queue.metrics();
+        metrics.bytes_read.add(std::mem::take(&mut self.scratch.bytes_read));
+        metrics.bytes_written.add(std::mem::take(&mut self.scratch.bytes_written));
+    }
+
+    /// Gives back what the slow threads finished.
+    fn collect(&mut self, cx: &mut Context) {
+        let mut finished = std::mem::take(&mut self.finished);
+        for done in finished.drain(..) {
+            self.away -= 1;
+            // A queue is there as long as one of its chains is away.
+            let Some(queue) = cx.queues.get(done.queue) else { continue };
+            self.scratch.bytes_read += done.bytes_read;
+            self.scratch.bytes_written += done.bytes_written;
+            self.count_bytes(queue);
+            self.settle(done.chain, done.outcome, queue);
+        }
+        self.finished = finished;
+        self.arm_locks(cx);
+    }
+
+    /// Has waiting locks tried again soon.
+    fn arm_locks(&self, cx: &mut Context) {
+        if !self.locks.is_empty() {
+            cx.set_timer(Some(Instant::now() + self.lock_pause));
+        }
+    }
+
+    /// Ends the waiting locks of queue `index`: it stops.
+    fn interrupt_locks(&mut self, index: u16, cx: &mut Context) {
+        let (ending, staying) =
+            std::mem::take(&mut self.locks).into_iter().partition(|w| w.queue == index);
+        self.locks = staying;
+        let ending: Vec<Waiting> = ending;
+        for mut waiting in ending {
+            self.server.forget_lock(waiting.unique);
+            let Some(queue) = cx.queues.get(index) else { continue };
+            let unique = waiting.chain.readable.read_obj::<InHeader>().map_or(0, |h| h.unique);
+            let written = Reply::new(&mut waiting.chain.writable, unique).error(libc::EINTR);
+            queue.push(&mut waiting.chain, written);
+            self.spare.push(waiting.chain);
+        }
+    }
+
+    /// Waits for everything that is with the slow threads.
+    fn drain(&mut self, cx: Option<&mut Context>) {
+        let mut cx = cx;
+        while self.away > 0 {
+            self.mailbox.wait(&mut self.finished);
+            match &mut cx {
+                Some(cx) => self.collect(cx),
+                None => self.away -= self.finished.drain(..).count(),
+            }
+        }
+    }
+}
+
+impl<F: Extension> QueueHandler for FsWorker<F> {
+    fn on_init(&mut self, cx: &mut Context) -> io::Result<()> {
+        self.server.file_system().on_thread();
+        cx.watch(self.mailbox.wake_fd(), Events::EPOLLIN, TOKEN_MAILBOX)
+    }
+
+    fn on_stop(&mut self, index: u16, cx: &mut Context) {
+        self.drain(Some(cx));
+        self.interrupt_locks(index, cx);
+    }
+
+    fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
+        let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
+        let (mut replies, mut bytes) = (0, 0);
+        for _ in 0..BUDGET {
+            if !queue.pop(&mut self.chain) {
+                self.count_bytes(queue);
+                self.arm_locks(cx);
+                return Progress::Emptied;
+            }
+            bytes += self.serve(queue);
+            replies += 1;
+            if replies >= PUBLISH_AFTER_REPLIES || bytes >= PUBLISH_AFTER_BYTES {
+                queue.publish();
+                (replies, bytes) = (0, 0);
+            }
+        }
+        self.count_bytes(queue);
+        self.arm_locks(cx);
+        Progress::More
+    }
+
+    fn on_event(&mut self, token: u64, _events: Events, cx: &mut Context) {
+        if token == TOKEN_MAILBOX {
+            self.mailbox.take(&mut self.finished);
+            self.collect(cx);
+        }
+    }
+
+    fn on_timer(&mut self, cx: &mut Context) {
+        let pause = (self.lock_pause * 2).min(LOCK_PAUSE.1);
+        for waiting in std::mem::take(&mut self.locks) {
+            let Waiting { mut chain, queue, .. } = waiting;
+            let outcome = self.server.handle(&mut chain, &mut self.scratch, Wait::Never);
+            let Some(queue) = cx.queues.get(queue) else { continue };
+            self.settle(chain, outcome, queue);
+        }
+        self.lock_pause = pause;
+        self.arm_locks(cx);
+    }
+}
+
+impl<F: Extension> Drop for FsWorker<F> {
+    fn drop(&mut self) {
+        // Chains with slow threads point into memory that the queues keep mapped, and these go next.
+        self.drain(None);
+    }
+}
