@@ -461,6 +461,22 @@ impl Queue {
         self.retired
     }
 
+    /// Where the next chain is taken from, as a vring base has it (packed: its lower half). A device
+    /// tells by it whether a queue that starts again goes on where it stopped.
+    #[must_use]
+    pub fn next_avail(&self) -> u16 {
+        match &self.format {
+            Format::Split { ring, again, .. } => {
+                ring.last_avail().wrapping_sub(u16::try_from(again.len()).unwrap_or(0))
+            }
+            Format::Packed { ring, .. } => {
+                #[allow(clippy::cast_possible_truncation, reason = "the lower half is meant")]
+                let half = ring.base() as u16;
+                half
+            }
+        }
+    }
+
     /// Lets go of the ring; returns the vring base to answer GET_VRING_BASE with (split: the next
     /// available index; packed: both positions). The inflight record stays as it is: only the
     /// session knows whether the front end will hear of this base.
