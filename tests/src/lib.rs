@@ -1,5 +1,6 @@
 //! The testkit: everything that tests of several daemons share.
 
+pub mod cargo_tool;
 pub mod daemon;
 pub mod demo;
 pub mod driver;
@@ -12,3 +13,4 @@ pub mod peers;
 pub mod service;
 pub mod skip;
 pub mod toolroot;
+pub mod vsock_host;
