@@ -31,7 +31,7 @@ impl Share {
         fs::create_dir(&shared).unwrap();
         fs::write(shared.join("from-host"), "hello from the host\n").unwrap();
         let shared = format!("--shared-dir={}", shared.display());
-        let mut all = vec![shared.as_str(), "--tag=shared", "--log-level=debug"];
+        let mut all = vec![shared.as_str(), "--tag=shared"];
         all.extend(arguments);
         let daemon = Daemon::start("virtiofsd", &dir.path().join("fs.sock"), &all).unwrap();
         Self { daemon, dir }
