@@ -13,3 +13,4 @@ pub mod peers;
 pub mod service;
 pub mod skip;
 pub mod toolroot;
+pub mod vsock_host;
