@@ -39,6 +39,10 @@ pub struct SocketArgs {
     #[arg(long, value_name = "FDNUM", conflicts_with = "socket_path",
           value_parser = clap::value_parser!(i32).range(0..))]
     pub fd: Option<RawFd>,
+
+    /// Let the guest put the device behind a virtual IOMMU (QEMU: iommu_platform=on)
+    #[arg(long)]
+    pub iommu: bool,
 }
 
 /// The one place [`SocketArgs`] names.

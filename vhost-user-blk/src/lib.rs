@@ -33,7 +33,6 @@ use outboard_common::logging;
 use outboard_common::metrics::Registry;
 use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
-use outboard_common::worker::WorkerOptions;
 
 use crate::cli::BlkArgs;
 use crate::config::{Disk, Source};
@@ -87,8 +86,7 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     )?;
 
     let registry = Arc::new(Registry::new("vhost-user-blk"));
-    let options =
-        SessionOptions { workers: WorkerOptions::from(&args.worker), ..SessionOptions::default() };
+    let options = SessionOptions::from_args(&args.socket, &args.worker);
     let mut endpoints = Vec::new();
     for (disk, device) in disks.iter().zip(&devices) {
         let transport = Transport::open(&disk.socket)?;

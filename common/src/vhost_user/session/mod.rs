@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
+use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use zerocopy::IntoBytes;
 
 use self::migration::{Inflight, StateTransfer};
@@ -39,6 +40,7 @@ use super::memory::{
     DirtyLog, GuestMemory, MAX_MEM_SLOTS, MemoryError, Region, RegionInfo, SharedMemory,
 };
 use super::wire::{self, ConfigHeader, FLAG_REPLY, Header, Request, VringState};
+use crate::cli::{SocketArgs, WorkerArgs};
 use crate::device::Device;
 use crate::metrics::QueueMetrics;
 use crate::sys::EventFd;
@@ -73,6 +75,21 @@ pub struct SessionOptions {
     /// Offer INBAND_NOTIFICATIONS. Off by default: UML uses it whenever it is offered, and then every
     /// kick is a message with an answer.
     pub inband_notifications: bool,
+    /// Offer ACCESS_PLATFORM where the device has it. Off by default: UML takes it whenever it is
+    /// offered, has no DMA addresses, and then no driver of it starts.
+    pub access_platform: bool,
+}
+
+impl SessionOptions {
+    /// As an operator asks for them.
+    #[must_use]
+    pub fn from_args(socket: &SocketArgs, workers: &WorkerArgs) -> Self {
+        Self {
+            workers: WorkerOptions::from(workers),
+            inband_notifications: false,
+            access_platform: socket.iommu,
+        }
+    }
 }
 
 /// Why a request was not done.
@@ -279,7 +296,11 @@ impl Session {
 
     /// Virtio features offered.
     fn offered(&self) -> u64 {
-        self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL
+        let mut offered = self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL;
+        if !self.options.access_platform {
+            offered &= !(1 << VIRTIO_F_ACCESS_PLATFORM);
+        }
+        offered
     }
 
     /// Protocol features offered.
