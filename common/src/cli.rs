@@ -40,9 +40,14 @@ pub struct SocketArgs {
           value_parser = clap::value_parser!(i32).range(0..))]
     pub fd: Option<RawFd>,
 
-    /// Let the guest put the device behind a virtual IOMMU (QEMU: iommu_platform=on)
+    /// Offer ACCESS_PLATFORM, for guests behind a virtual IOMMU or with encrypted memory
+    /// (QEMU's iommu_platform=on); UML guests do not start with it
     #[arg(long)]
-    pub iommu: bool,
+    pub iommu_platform: bool,
+
+    /// Offer in-band notifications, for front ends that have no event descriptors
+    #[arg(long)]
+    pub inband_notifications: bool,
 }
 
 /// The one place [`SocketArgs`] names.

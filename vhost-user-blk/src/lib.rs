@@ -86,7 +86,7 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     )?;
 
     let registry = Arc::new(Registry::new("vhost-user-blk"));
-    let options = SessionOptions::from_args(&args.socket, &args.worker);
+    let options = SessionOptions::new(&args.socket, &args.worker);
     let mut endpoints = Vec::new();
     for (disk, device) in disks.iter().zip(&devices) {
         let transport = Transport::open(&disk.socket)?;

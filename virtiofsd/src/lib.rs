@@ -151,7 +151,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     );
 
     let registry = Arc::new(Registry::new("virtiofsd"));
-    let options = SessionOptions::from_args(&arguments.socket, &arguments.threads.workers);
+    let options = SessionOptions::new(&arguments.socket, &arguments.threads.workers);
     let control = Arc::new(FsControl(device.server().clone()));
     let endpoint = Endpoint::new(Arc::new(device), transport, options).counted_in(&registry);
     let admin = admin.serve(registry, control)?;

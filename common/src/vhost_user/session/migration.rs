@@ -89,7 +89,8 @@ impl Session {
         {
             return Err(refused(&format!("{num_queues} queues of {queue_size} are not possible")));
         }
-        let packed = is_packed(self.features.unwrap_or(0));
+        // Some front ends ask before SET_FEATURES: the packed format needs more.
+        let packed = self.features.is_none_or(is_packed);
         let size = region_size(queue_size, packed) as u64 * u64::from(num_queues);
         let fd =
             rustix::fs::memfd_create("inflight", MemfdFlags::CLOEXEC).map_err(|e| refused(&e))?;

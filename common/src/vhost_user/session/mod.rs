@@ -75,19 +75,19 @@ pub struct SessionOptions {
     /// Offer INBAND_NOTIFICATIONS. Off by default: UML uses it whenever it is offered, and then every
     /// kick is a message with an answer.
     pub inband_notifications: bool,
-    /// Offer ACCESS_PLATFORM where the device has it. Off by default: UML takes it whenever it is
-    /// offered, has no DMA addresses, and then no driver of it starts.
-    pub access_platform: bool,
+    /// Offer VIRTIO_F_ACCESS_PLATFORM if the device has it. Off by default: a driver that sees it uses
+    /// the platform's DMA interface, which UML does not have, so that its queues fail.
+    pub iommu_platform: bool,
 }
 
 impl SessionOptions {
-    /// As an operator asks for them.
+    /// The options of the shared command-line arguments.
     #[must_use]
-    pub fn from_args(socket: &SocketArgs, workers: &WorkerArgs) -> Self {
+    pub fn new(socket: &SocketArgs, workers: &WorkerArgs) -> Self {
         Self {
-            workers: WorkerOptions::from(workers),
-            inband_notifications: false,
-            access_platform: socket.iommu,
+            workers: workers.into(),
+            inband_notifications: socket.inband_notifications,
+            iommu_platform: socket.iommu_platform,
         }
     }
 }
@@ -296,11 +296,12 @@ impl Session {
 
     /// Virtio features offered.
     fn offered(&self) -> u64 {
-        let mut offered = self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL;
-        if !self.options.access_platform {
-            offered &= !(1 << VIRTIO_F_ACCESS_PLATFORM);
+        let offered = self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL;
+        if self.options.iommu_platform {
+            offered
+        } else {
+            offered & !(1 << VIRTIO_F_ACCESS_PLATFORM)
         }
-        offered
     }
 
     /// Protocol features offered.
@@ -506,6 +507,11 @@ impl Session {
 
     fn reset_device(&mut self) {
         self.stop_all();
+        for index in 0..self.device.queue_count() {
+            if let Some((record, ..)) = self.record_of(index.into()) {
+                record.blank();
+            }
+        }
         for vring in &mut self.vrings {
             vring.forget_driver();
         }
