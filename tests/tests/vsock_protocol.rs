@@ -437,7 +437,10 @@ fn the_host_never_sends_beyond_the_guests_credit() {
         got += guest.expect(op::RW).unwrap().len;
     }
     assert_eq!(got, 10_000);
-    assert!(matches!(guest.receive(Duration::from_millis(200)), Err(_) | Ok(Packet { op: op::CREDIT_REQUEST, .. })));
+    assert!(matches!(
+        guest.receive(Duration::from_millis(200)),
+        Err(_) | Ok(Packet { op: op::CREDIT_REQUEST, .. })
+    ));
     assert!(guest.is_silent_for(Duration::from_millis(100)));
     let mut update = Packet::new(3, 80, request.src_port, op::CREDIT_UPDATE);
     (update.buf_alloc, update.fwd_cnt) = (10_000, 5_000);
@@ -531,8 +534,8 @@ fn a_new_vm_after_the_old_one_begins_anew() {
 #[test]
 fn seqpacket_keeps_messages_apart() {
     use rustix::net::{
-        AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, connect, listen, recv, send,
-        socket,
+        AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, connect, listen, recv,
+        send, socket,
     };
     let host = VsockHost::start(&[]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();

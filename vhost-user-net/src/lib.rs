@@ -44,7 +44,6 @@ use outboard_common::rate_limiter::{DirectionLimits, Limits, RateLimiter};
 use outboard_common::sys::inherited_fd;
 use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
-use outboard_common::worker::WorkerOptions;
 
 use self::backend::Backend;
 use self::backend::macvtap::MacvtapBackend;
@@ -83,8 +82,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     )?;
     let registry = Arc::new(Registry::new(PROGRAM));
     let device = Arc::new(make_device(&cli, backend, &registry)?);
-    let options =
-        SessionOptions { workers: WorkerOptions::from(&cli.workers), inband_notifications: false };
+    let options = SessionOptions::new(&cli.socket, &cli.workers);
     let endpoint = Endpoint::new(device.clone(), transport, options).counted_in(&registry);
     let _admin = admin.serve(registry, Arc::new(Operator::new(device)))?;
     daemon::run(vec![endpoint], RunOptions::default())

@@ -43,7 +43,6 @@ use outboard_common::sandbox::seccomp::{Filter, lists};
 use outboard_common::sandbox::{self, CapabilitySet, Plan};
 use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
-use outboard_common::worker::WorkerOptions;
 
 use crate::cli::{Served, VsockArgs};
 use crate::config::HostSide;
@@ -64,8 +63,7 @@ pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
     logging::init(&args.log, "vsock-proxy")?;
     let registry = Arc::new(Registry::new("vsock-proxy"));
     let siblings = Arc::new(Siblings::default());
-    let options =
-        SessionOptions { workers: WorkerOptions::from(&args.worker), ..SessionOptions::default() };
+    let options = SessionOptions { workers: (&args.worker).into(), ..SessionOptions::default() };
     let mut endpoints = Vec::new();
     for vm in &vms {
         let counters = Counters::of(&registry.device(&VsockDevice::name_of(&vm.config)));

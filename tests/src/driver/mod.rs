@@ -7,9 +7,9 @@
 //! Each chain carries a `cookie`, any number, by which the caller knows it again when it is used.
 
 pub mod blk;
-pub mod vsock;
 mod packed;
 mod split;
+pub mod vsock;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;

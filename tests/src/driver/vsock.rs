@@ -156,7 +156,7 @@ impl Default for VsockOptions {
     fn default() -> Self {
         Self {
             format: RingFormat::Split,
-            features: u64::MAX & !super::IN_ORDER,
+            features: !super::IN_ORDER,
             queue_size: 256,
             rx_size: 4096,
             rx_buffers: 256,
@@ -208,7 +208,8 @@ impl VsockGuest {
         let (queues, _) = front.attach(&ram, &attach)?;
         let config = front.get_config(0, 8)?;
         let cid = u64::from_le_bytes(config.try_into().ok().context("8 bytes of configuration")?);
-        let rx_base = ram.alloc(u64::from(options.rx_buffers) * u64::from(options.rx_size), 4096)?;
+        let rx_base =
+            ram.alloc(u64::from(options.rx_buffers) * u64::from(options.rx_size), 4096)?;
         let tx_base = ram.alloc(u64::from(TX_SLOTS) * TX_STRIDE, 4096)?;
         let event_base = ram.alloc(64, 8)?;
         let mut guest = Self {

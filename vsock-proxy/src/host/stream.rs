@@ -123,7 +123,9 @@ impl HostStream {
         };
         match result {
             Ok(n) => Written::Bytes(n),
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+            Err(e)
+                if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
+            {
                 Written::Bytes(0)
             }
             // With `keep` the reader may come back; what is written meanwhile is lost to it, as it

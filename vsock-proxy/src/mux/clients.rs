@@ -111,7 +111,9 @@ impl Mux {
 
     fn on_live_event(&mut self, at: u32, events: Events, cx: &Context) {
         let Some(live) = self.live(at) else { return };
-        if events.intersects(Events::EPOLLIN | Events::EPOLLRDHUP | Events::EPOLLHUP | Events::EPOLLERR) {
+        if events
+            .intersects(Events::EPOLLIN | Events::EPOLLRDHUP | Events::EPOLLHUP | Events::EPOLLERR)
+        {
             live.readable = true;
         }
         live.ending |= events.intersects(Events::EPOLLRDHUP | Events::EPOLLHUP | Events::EPOLLERR);

@@ -36,7 +36,9 @@ impl Mux {
         }
         let key = key_of(&header);
         match self.index.get(&key).copied() {
-            Some(at) if header.op == Op::Request.to_wire() => self.on_repeated_request(at, &header, cx),
+            Some(at) if header.op == Op::Request.to_wire() => {
+                self.on_repeated_request(at, &header, cx)
+            }
             Some(at) => self.on_connection_packet(at, &header, chain, cx),
             None if header.op == Op::Request.to_wire() => self.on_request(&header, cx),
             None => self.answer_stray(&header),
@@ -88,7 +90,9 @@ impl Mux {
     ) {
         let Some(live) = self.live(at) else { return };
         match live.connection.on_packet(header) {
-            Reaction::Settle if header.op == Op::Shutdown.to_wire() => self.drop_partial_message(at),
+            Reaction::Settle if header.op == Op::Shutdown.to_wire() => {
+                self.drop_partial_message(at)
+            }
             Reaction::Settle | Reaction::Discard => {}
             Reaction::Deliver => self.deliver(at, payload, header.flags & SEQ_EOM != 0, cx),
             Reaction::Accepted => self.on_accepted(at),
@@ -333,4 +337,3 @@ pub(super) fn prepare(fd: &std::os::fd::OwnedFd, socket_type: SocketType, buf_al
         let _ = sockopt::set_socket_send_buffer_size(fd, size);
     }
 }
-
