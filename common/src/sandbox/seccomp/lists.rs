@@ -111,8 +111,6 @@ pub const SOCKETS: &[Rule] = &[
     allow(libc::SYS_setsockopt),
     allow(libc::SYS_getsockname),
     allow(libc::SYS_getpeername),
-    // The standard library's way to make a socket wait, or not.
-    allow_if(libc::SYS_ioctl, &[argument_is(1, FIONBIO)]),
     allow_if(libc::SYS_socketpair, &[argument_is(0, AF_UNIX)]),
     // `set_nonblocking` of accepted sockets.
     allow_if(libc::SYS_ioctl, &[argument_is(1, FIONBIO)]),
@@ -123,9 +121,6 @@ const FIONBIO: u32 = 0x5421;
 
 /// `AF_UNIX`
 const AF_UNIX: u32 = 1;
-
-/// `FIONBIO`
-const FIONBIO: u32 = 0x5421;
 
 /// Dialling Unix sockets, for a daemon in client mode.
 pub const DIAL: &[Rule] =
