@@ -422,16 +422,21 @@ impl Mux {
         }
     }
 
-    /// The guest is another one from now on, or forgot everything: so do we.
+    /// The guest is another one from now on, or forgot everything: so do we. Clients whose REQUEST
+    /// waits for a guest to start stay.
     pub(crate) fn forget_guest(&mut self, cx: &Context) {
-        for at in 0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX) {
-            if self.live(at).is_some() {
-                self.remove(at, cx);
-            }
-        }
         self.control.clear();
         self.data.clear();
         self.resets.clear();
+        for at in 0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX) {
+            let Some(live) = self.live(at) else { continue };
+            if live.connection.is_unknown_to_guest() {
+                live.in_control = false;
+                self.settle(at, cx);
+            } else {
+                self.remove(at, cx);
+            }
+        }
     }
 
     /// The guest is to be told on its event queue that connections are gone.
