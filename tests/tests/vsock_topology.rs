@@ -98,7 +98,8 @@ fn the_operator_says_which_ports_are_reached() {
     let mut logs = GuestStream::connect(&mut guest, 1026, HOST, 514).unwrap();
     logs.send_all(&mut guest, b"line").unwrap();
     let mut got = [0; 4];
-    service.accept().unwrap().0.read_exact(&mut got).unwrap();
+    let mut served = service.accept().unwrap().0;
+    served.read_exact(&mut got).unwrap();
     assert_eq!(&got, b"line");
     let _kept = host.connect(&mut guest, 22).unwrap();
     let mut client = host.ask(23).unwrap();
