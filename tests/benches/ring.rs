@@ -18,7 +18,7 @@ use testkit::driver::{Buffer, EVENT_IDX, GuestQueue, RingFormat};
 use testkit::memory::GuestRam;
 use virtio_queue::{Queue as PeerQueue, QueueT};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemory as _, GuestMemoryMmap, MmapRegion, VolatileSlice,
+    FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, MmapRegion, VolatileSlice,
 };
 
 const SIZE: u16 = 256;

@@ -89,8 +89,8 @@ fn the_operator_says_which_ports_are_reached() {
     let elsewhere = tempfile::tempdir().unwrap();
     let service = UnixListener::bind(elsewhere.path().join("logs")).unwrap();
     let map = format!("--map=514:{}", elsewhere.path().join("logs").display());
-    let host =
-        VsockHost::start(&["--allow-host-ports=80+500-600", "--allow-guest-ports=22", &map]).unwrap();
+    let host = VsockHost::start(&["--allow-host-ports=80+500-600", "--allow-guest-ports=22", &map])
+        .unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();
     let _forbidden = host.listen(81).unwrap();
     assert!(refused(&mut guest, HOST, 81));
@@ -266,13 +266,17 @@ fn mistakes_of_operators_are_one_sentence_and_exit_code_1() {
         (&["--config=D/none.toml"], "none.toml"),
     ];
     for (arguments, expected) in cases {
-        let arguments = arguments.iter().map(|a| a.replace("LONG", &long).replace("D/", &format!("{d}/")));
+        let arguments =
+            arguments.iter().map(|a| a.replace("LONG", &long).replace("D/", &format!("{d}/")));
         let output = program().unwrap().args(arguments.clone()).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         let expected = expected.replace("D/", &format!("{d}/"));
         assert_eq!(output.status.code(), Some(1), "{:?}: {stderr}", arguments.collect::<Vec<_>>());
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
-        assert!(stderr.starts_with("error: ") && stderr.contains(&expected), "{expected}: {stderr}");
+        assert!(
+            stderr.starts_with("error: ") && stderr.contains(&expected),
+            "{expected}: {stderr}"
+        );
     }
     drop(taken);
 }

@@ -23,10 +23,10 @@ fn one_vm_in_the_other_proxys_words() {
     assert_eq!(served[0].config.queue_size, 256);
     assert_eq!(served[0].config.groups, ["a", "b"]);
     let forwarded = vms("--socket=/tmp/v --forward-cid=1 --forward-listen=9001").unwrap();
-    assert_eq!(forwarded[0].config.host, crate::config::HostSide::Vsock {
-        cid: 1,
-        listen: vec![crate::packet::Port(9001)]
-    });
+    assert_eq!(
+        forwarded[0].config.host,
+        crate::config::HostSide::Vsock { cid: 1, listen: vec![crate::packet::Port(9001)] }
+    );
 }
 
 #[test]
