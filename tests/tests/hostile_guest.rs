@@ -13,6 +13,9 @@ use testkit::driver::{Buffer, GuestQueue, RingFormat, wait_readable};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::memory::GuestRam;
 
+/// A way to break a ring, with its name.
+type Breakage<F> = (&'static str, F);
+
 const LONG: Duration = Duration::from_secs(10);
 /// 16 MiB.
 const SECTORS: u64 = 32768;
@@ -162,7 +165,7 @@ const INDIRECT: u16 = 4;
 
 #[test]
 fn broken_split_rings_retire_alone() {
-    let breakages: [(&str, fn(&GuestQueue)); 7] = [
+    let breakages: [Breakage<fn(&GuestQueue)>; 7] = [
         ("a loop", |q| {
             raw(q, 0, 0x10_0000, 16, (NEXT, 1));
             raw(q, 1, 0x10_0000, 16, (NEXT, 0));
@@ -206,7 +209,7 @@ fn broken_split_rings_retire_alone() {
 #[test]
 fn broken_packed_rings_retire_alone() {
     const AVAIL: u16 = 1 << 7;
-    let breakages: [(&str, fn(&GuestQueue, u64)); 4] = [
+    let breakages: [Breakage<fn(&GuestQueue, u64)>; 4] = [
         ("a chain without an end", |q, _at| {
             for i in 0..64 {
                 raw(q, i, 0x10_0000, 16, (0, NEXT | AVAIL));
