@@ -19,8 +19,9 @@ const EMULATED_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A shared directory with one file in it, and a daemon that serves it.
 struct Share {
-    dir: tempfile::TempDir,
     daemon: Daemon,
+    // Last, so that the daemon's log is there when it is dropped.
+    dir: tempfile::TempDir,
 }
 
 impl Share {
@@ -33,7 +34,7 @@ impl Share {
         let mut all = vec![shared.as_str(), "--tag=shared"];
         all.extend(arguments);
         let daemon = Daemon::start("virtiofsd", &dir.path().join("fs.sock"), &all).unwrap();
-        Self { dir, daemon }
+        Self { daemon, dir }
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -1,4 +1,5 @@
 //! virtiofsd as a file system of the host, through the fuse bridge.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -169,6 +170,51 @@ fn pjdfstest_passes_where_it_passes_on_the_host() {
             "{arguments:?}: {passed} of {host_passed}"
         );
         assert!(mounted.daemon.is_running());
+    }
+}
+
+#[test]
+fn two_guests_exclude_each_other() {
+    use rustix::fs::{FlockOperation, fcntl_lock, flock};
+    let arguments = ["--posix-lock", "--flock"];
+    let Some(first) = Mounted::new(&arguments, BridgeOptions::default()) else { return };
+    // A second daemon for the same directory.
+    let socket = first.dir.path().join("second.sock");
+    let shared = format!("--shared-dir={}", first.shared("").display());
+    let _daemon =
+        Daemon::start("virtiofsd", &socket, &[shared.as_str(), arguments[0], arguments[1]])
+            .unwrap();
+    let mount = first.dir.path().join("second");
+    fs::create_dir(&mount).unwrap();
+    let second = FuseBridge::mount(&socket, &mount, BridgeOptions::default()).unwrap();
+    fs::write(first.path("file"), "locked").unwrap();
+    let open = |path: PathBuf| fs::File::options().read(true).write(true).open(path).unwrap();
+    let here = open(first.path("file"));
+    let there = open(second.path().join("file"));
+    let locks: [fn(&fs::File, FlockOperation) -> rustix::io::Result<()>; 2] =
+        [|file, operation| fcntl_lock(file, operation), |file, operation| flock(file, operation)];
+    for lock in locks {
+        lock(&here, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let refused = lock(&there, FlockOperation::NonBlockingLockExclusive).unwrap_err();
+        assert!(
+            matches!(refused, rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS),
+            "{refused}"
+        );
+        assert!(lock(&there, FlockOperation::NonBlockingLockShared).is_err());
+        // One that waits gets it when the other lets go.
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| lock(&there, FlockOperation::LockExclusive));
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert!(!waiter.is_finished());
+            lock(&here, FlockOperation::Unlock).unwrap();
+            waiter.join().unwrap().unwrap();
+        });
+        assert!(lock(&here, FlockOperation::NonBlockingLockExclusive).is_err());
+        lock(&there, FlockOperation::Unlock).unwrap();
+        lock(&here, FlockOperation::NonBlockingLockShared).unwrap();
+        lock(&there, FlockOperation::NonBlockingLockShared).unwrap();
+        lock(&here, FlockOperation::Unlock).unwrap();
+        lock(&there, FlockOperation::Unlock).unwrap();
     }
 }
 
