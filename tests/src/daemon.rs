@@ -52,7 +52,8 @@ impl Daemon {
     pub fn start_command(name: &str, mut command: Command, socket: &Path) -> Result<Self> {
         let log = socket.with_extension("log");
         let file = File::options().create(true).append(true).open(&log)?;
-        let started = SystemTime::now();
+        // Files' times come from a clock that ticks only every few milliseconds.
+        let started = SystemTime::now() - Duration::from_millis(20);
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
