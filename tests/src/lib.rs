@@ -10,6 +10,7 @@ pub mod guests;
 pub mod memory;
 pub mod netns;
 pub mod peers;
+pub mod pod;
 pub mod service;
 pub mod skip;
 pub mod toolroot;

@@ -156,7 +156,7 @@ impl Default for VsockOptions {
     fn default() -> Self {
         Self {
             format: RingFormat::Split,
-            features: u64::MAX & !super::IN_ORDER,
+            features: !super::IN_ORDER,
             queue_size: 256,
             rx_size: 4096,
             rx_buffers: 256,
