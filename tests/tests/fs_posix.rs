@@ -331,3 +331,35 @@ fn fsx_finds_no_difference() {
         );
     }
 }
+
+/// `OUTBOARD_SCALE_FILES` sets how many; the promise is about a million.
+#[test]
+fn many_files_cost_the_daemon_few_fds_and_little_memory() {
+    let files: u64 =
+        std::env::var("OUTBOARD_SCALE_FILES").map_or(30_000, |text| text.parse().unwrap());
+    let Some(mounted) = Mounted::new(&["--cache=always"], BridgeOptions::default()) else { return };
+    for n in 0..files {
+        let dir = mounted.shared(&(n / 1000).to_string());
+        if n % 1000 == 0 {
+            fs::create_dir(&dir).unwrap();
+        }
+        fs::File::create(dir.join(n.to_string())).unwrap();
+    }
+    let before = mounted.daemon.private_bytes().unwrap();
+    let mut seen = 0;
+    let mut most_fds = 0;
+    for dir in fs::read_dir(mounted.bridge.path()).unwrap() {
+        for entry in fs::read_dir(dir.unwrap().path()).unwrap() {
+            seen += u64::from(entry.unwrap().metadata().unwrap().is_file());
+        }
+        most_fds = most_fds.max(mounted.daemon.open_fds().unwrap());
+    }
+    assert_eq!(seen, files);
+    let used = mounted.daemon.private_bytes().unwrap().saturating_sub(before);
+    // The kernel may have forgotten some under pressure; buffers of the daemon count as well.
+    let per_file = used / files;
+    println!("{files} files: {per_file} bytes each, at most {most_fds} fds");
+    assert!(most_fds > 10 && used > 0, "measured the wrong process");
+    assert!(most_fds < 4096, "{most_fds} fds");
+    assert!(per_file < 250, "{per_file} bytes a file");
+}
