@@ -138,12 +138,27 @@ cid = 2
     }
 }
 
+/// Each text has just this one mistake.
+fn each(cases: Vec<(String, &str, &str)>) {
+    for (text, place, part) in cases {
+        let found = mistakes(&text);
+        let line = &found[0];
+        assert!(
+            line.starts_with(place) && line.contains(part),
+            "{text}\n{line}\n wanted {place}{part}"
+        );
+        assert_eq!(found.len(), 1, "{text}\n{found:#?}");
+        assert_eq!(line.lines().count(), 1);
+    }
+}
+
+const VOLUME: &str = "[[volume]]\nname = \"a\"\n";
+const IMAGE: &str = "tier = \"image\"\npath = \"disk\"\n";
+const NIC: &str = "[[nic]]\nname = \"n\"\n";
+
 #[test]
-fn each_mistake_says_where_and_what_to_do() {
-    let volume = "[[volume]]\nname = \"a\"\n";
-    let nic = "[[nic]]\nname = \"n\"\n";
-    let image = "tier = \"image\"\npath = \"disk\"\n";
-    for (text, place, part) in [
+fn each_mistake_of_a_volume_says_where_and_what_to_do() {
+    each(vec![
         (String::new(), "1:1: ", "no device; add a [[volume]], [[nic]] or [vsock]"),
         (
             "volumes = 1\n[vsock]\ncid = 3".to_owned(),
@@ -152,72 +167,78 @@ fn each_mistake_says_where_and_what_to_do() {
         ),
         ("volume = 1\n".to_owned(), "1:10: ", "`volume` is a integer; write tables: [[volume]]"),
         ("run-dir = \"/a:b\"\n[vsock]\ncid = 3".to_owned(), "1:11: ", "':', which VMMs misread"),
-        (format!("{volume}path = \"dir\"\n"), "1:1: ", "`tier` is missing; write \"shared\""),
+        (format!("{VOLUME}path = \"dir\"\n"), "1:1: ", "`tier` is missing; write \"shared\""),
         (
-            format!("{volume}tier = \"fast\"\npath = \"dir\"\n"),
+            format!("{VOLUME}tier = \"fast\"\npath = \"dir\"\n"),
             "3:8: ",
             "one of shared, image, device",
         ),
-        (format!("{volume}tier = \"shared\"\n"), "1:1: ", "`path` is missing; say what"),
-        (format!("{volume}tier = \"shared\"\npath = 4\n"), "4:8: ", "write a text in quotes"),
+        (format!("{VOLUME}tier = \"shared\"\n"), "1:1: ", "`path` is missing; say what"),
+        (format!("{VOLUME}tier = \"shared\"\npath = 4\n"), "4:8: ", "write a text in quotes"),
         (
-            format!("{volume}tier = \"shared\"\npath = \"disk\"\n"),
+            format!("{VOLUME}tier = \"shared\"\npath = \"disk\"\n"),
             "4:8: ",
             "no directory; name one",
         ),
         (
-            format!("{volume}tier = \"image\"\npath = \"dir\"\n"),
+            format!("{VOLUME}tier = \"image\"\npath = \"dir\"\n"),
             "4:8: ",
             "is a directory; name a file",
         ),
         (
             format!(
-                "{volume}tier = \"image\"\npath = \"/dev/null\"\n[[volume]]\nname = \"b\"\ntier = \"device\"\npath = \"disk\"\n"
+                "{VOLUME}tier = \"image\"\npath = \"/dev/null\"\n[[volume]]\nname = \"b\"\ntier = \"device\"\npath = \"disk\"\n"
             ),
             "8:8: ",
             "is no block device; name one, or write tier = \"image\"",
         ),
         (
-            format!("{volume}tier = \"image\"\npath = \"disk.qcow2\"\n"),
+            format!("{VOLUME}tier = \"image\"\npath = \"disk.qcow2\"\n"),
             "4:8: ",
             "looks like qcow2; write format = \"qcow2\"",
         ),
-        (format!("{volume}{image}format = \"vmdk\"\n"), "5:10: ", "one of raw, qcow2"),
-        (format!("{volume}{image}bps = \"1X\"\n"), "5:7: ", "RATE or RATE:BURST"),
-        (format!("{volume}{image}readonly = \"yes\"\n"), "5:12: ", "write true or false"),
+        (format!("{VOLUME}{IMAGE}format = \"vmdk\"\n"), "5:10: ", "one of raw, qcow2"),
+        (format!("{VOLUME}{IMAGE}bps = \"1X\"\n"), "5:7: ", "RATE or RATE:BURST"),
+        (format!("{VOLUME}{IMAGE}readonly = \"yes\"\n"), "5:12: ", "write true or false"),
         (
-            format!("{volume}{image}[[volume]]\nname = \"b\"\n{image}"),
+            format!("{VOLUME}{IMAGE}[[volume]]\nname = \"b\"\n{IMAGE}"),
             "8:8: ",
             "give each its own, or write readonly = true",
         ),
         (
             format!(
-                "{volume}tier = \"shared\"\npath = \"dir\"\n[[volume]]\nname = \"b\"\n\
+                "{VOLUME}tier = \"shared\"\npath = \"dir\"\n[[volume]]\nname = \"b\"\n\
                  tier = \"shared\"\npath = \"dir\"\ntag = \"a\"\n"
             ),
             "9:1: ",
             "two devices have the tag \"a\"; the guest mounts by it",
         ),
-        (nic.to_owned(), "1:1: ", "one of `tap`, `macvtap` and `packet`; write just one"),
-        (format!("{nic}tap = \"t\"\npacket = \"p\"\n"), "1:1: ", "write just one"),
-        (format!("{nic}tap = \"a/b\"\n"), "3:7: ", "is no interface; write 1 to 15"),
-        (format!("{nic}tap = \"t\"\nmac = \"01:00:00:00:00:00\"\n"), "4:7: ", "group address"),
-        (format!("{nic}tap = \"t\"\nmac = \"52:54\"\n"), "4:7: ", "like 52:54:00:12:34:56"),
-        (format!("{nic}tap = \"t\"\nmtu = 67\n"), "4:7: ", "from 68 to 65535"),
-        (format!("{nic}tap = \"t\"\nqueue-pairs = 65\n"), "4:15: ", "from 1 to 64"),
-        (format!("{nic}tap = \"t\"\nnetns = \"/no\"\n"), "4:9: ", "does not exist"),
+    ]);
+}
+
+#[test]
+fn each_mistake_of_another_device_says_where_and_what_to_do() {
+    each(vec![
+        (NIC.to_owned(), "1:1: ", "one of `tap`, `macvtap` and `packet`; write just one"),
+        (format!("{NIC}tap = \"t\"\npacket = \"p\"\n"), "1:1: ", "write just one"),
+        (format!("{NIC}tap = \"a/b\"\n"), "3:7: ", "is no interface; write 1 to 15"),
+        (format!("{NIC}tap = \"t\"\nmac = \"01:00:00:00:00:00\"\n"), "4:7: ", "group address"),
+        (format!("{NIC}tap = \"t\"\nmac = \"52:54\"\n"), "4:7: ", "like 52:54:00:12:34:56"),
+        (format!("{NIC}tap = \"t\"\nmtu = 67\n"), "4:7: ", "from 68 to 65535"),
+        (format!("{NIC}tap = \"t\"\nqueue-pairs = 65\n"), "4:15: ", "from 1 to 64"),
+        (format!("{NIC}tap = \"t\"\nnetns = \"/no\"\n"), "4:9: ", "does not exist"),
         (
-            format!("{nic}macvtap = \"kernel\"\nnetns = \"kernel\"\n"),
+            format!("{NIC}macvtap = \"kernel\"\nnetns = \"kernel\"\n"),
             "4:1: ",
             "`netns` does not go with `macvtap`",
         ),
         (
-            format!("{nic}tap = \"t\"\n[[nic]]\nname = \"m\"\ntap = \"t\"\n"),
+            format!("{NIC}tap = \"t\"\n[[nic]]\nname = \"m\"\ntap = \"t\"\n"),
             "6:7: ",
             "two devices have the network \"t\"",
         ),
         (
-            format!("{nic}tap = \"t\"\n[[nic]]\nname = \"n\"\ntap = \"u\"\n"),
+            format!("{NIC}tap = \"t\"\n[[nic]]\nname = \"n\"\ntap = \"u\"\n"),
             "5:8: ",
             "two devices have the name \"n\"",
         ),
@@ -230,16 +251,7 @@ fn each_mistake_says_where_and_what_to_do() {
             "4:8: ",
             "two devices have the name \"vsock\"",
         ),
-    ] {
-        let found = mistakes(&text);
-        let line = &found[0];
-        assert!(
-            line.starts_with(place) && line.contains(part),
-            "{text}\n{line}\n wanted {place}{part}"
-        );
-        assert_eq!(found.len(), 1, "{text}\n{found:#?}");
-        assert_eq!(line.lines().count(), 1);
-    }
+    ]);
 }
 
 #[test]
