@@ -39,6 +39,15 @@ pub struct SocketArgs {
     #[arg(long, value_name = "FDNUM", conflicts_with = "socket_path",
           value_parser = clap::value_parser!(i32).range(0..))]
     pub fd: Option<RawFd>,
+
+    /// Offer ACCESS_PLATFORM, for guests behind a virtual IOMMU or with encrypted memory
+    /// (QEMU's iommu_platform=on); UML guests do not start with it
+    #[arg(long)]
+    pub iommu_platform: bool,
+
+    /// Offer in-band notifications, for front ends that have no event descriptors
+    #[arg(long)]
+    pub inband_notifications: bool,
 }
 
 /// The one place [`SocketArgs`] names.

@@ -206,10 +206,8 @@ fn accept(listener: &UnixListener, shutdown: &EventFd) -> io::Result<Option<Unix
             return Ok(None);
         }
         match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                return Ok(Some(stream));
-            }
+            // On Linux the new socket is blocking whatever the listening one is.
+            Ok((stream, _)) => return Ok(Some(stream)),
             Err(e)
                 if matches!(
                     e.kind(),

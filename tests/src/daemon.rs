@@ -26,6 +26,8 @@ pub struct Daemon {
     child: Child,
     log: PathBuf,
     socket: PathBuf,
+    /// The test itself killed it.
+    killed: bool,
 }
 
 impl Daemon {
@@ -53,7 +55,8 @@ impl Daemon {
             .stderr(file)
             .spawn()
             .with_context(|| format!("start {name}"))?;
-        let mut daemon = Self { name: name.to_owned(), child, log, socket: socket.to_owned() };
+        let mut daemon =
+            Self { name: name.to_owned(), child, log, socket: socket.to_owned(), killed: false };
         daemon.wait_until_listening()?;
         Ok(daemon)
     }
@@ -161,6 +164,7 @@ impl Daemon {
     /// # Errors
     /// When the process cannot be waited for.
     pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.killed = true;
         self.child.kill()?;
         Ok(self.child.wait()?)
     }
@@ -188,7 +192,7 @@ impl Drop for Daemon {
         let ended = self.child.try_wait().ok().flatten();
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let crashed = ended.is_some_and(|status| status.signal().is_some());
+        let crashed = !self.killed && ended.is_some_and(|status| status.signal().is_some());
         if crashed || std::thread::panicking() {
             let end = ended.map_or("still ran".to_owned(), |status| status.to_string());
             show(&format!("log of {} ({end})", self.name), &self.log());

@@ -1,13 +1,17 @@
 //! The testkit: everything that tests of several daemons share.
 
+pub mod cargo_tool;
 pub mod daemon;
 pub mod demo;
 pub mod driver;
 pub mod frontend;
+pub mod fuse_bridge;
 pub mod guests;
 pub mod memory;
 pub mod netns;
 pub mod peers;
+pub mod pod;
 pub mod service;
 pub mod skip;
 pub mod toolroot;
+pub mod vsock_host;

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use outboard_common::vhost_user::memory::{GuestMemory, Region, RegionInfo};
+use outboard_common::vhost_user::memory::{GuestMemory, Region, RegionInfo, SharedMemory};
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// Distance between a region's guest address and its made-up front-end address.
@@ -126,6 +126,16 @@ impl GuestRam {
             regions.push(Arc::new(Region::map(r.info, fd)?));
         }
         Ok(GuestMemory::new(regions, None)?)
+    }
+
+    /// [`Self::memory_table`], published as a session does it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn shared_memory(&self) -> Result<Arc<SharedMemory>> {
+        let shared = SharedMemory::default();
+        shared.publish(self.memory_table()?);
+        Ok(Arc::new(shared))
     }
 
     /// `len` bytes at a multiple of `align` (a power of two) that no one else gets; their guest address.

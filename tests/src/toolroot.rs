@@ -12,6 +12,8 @@
 mod build;
 mod enter;
 
+pub(crate) use build::cache_dir;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;

@@ -1,6 +1,8 @@
 //! The session is a value: it can be saved while a guest is working, and another process's engine
 //! goes on with it; the front end notices a pause and nothing else.
 
+#![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
+
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -125,4 +127,29 @@ fn a_split_ring_session_is_saved_and_resumed() {
 #[test]
 fn a_packed_ring_session_is_saved_and_resumed() {
     goes_on_after_a_hand_over(RingFormat::Packed);
+}
+
+/// UML starts packed rings with base 0, DPDK with the available half only.
+#[test]
+fn a_fresh_packed_ring_starts_whatever_base_the_front_end_knows() {
+    for base in [0, 0x8000, 0x8000_8000] {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let shutdown = EventFd::new().unwrap();
+        let daemon = std::thread::spawn(move || {
+            Session::new(Arc::new(Inverter), theirs, metrics(), SessionOptions::default())
+                .serve(&shutdown)
+        });
+        let mut front_end = FrontEnd::from_stream(ours).unwrap();
+        let features = front_end.negotiate(RingFormat::Packed.features(), u64::MAX).unwrap();
+        front_end.set_mem_table(&ram).unwrap();
+        let mut queue = GuestQueue::new(&ram, 8, features).unwrap();
+        front_end.start_queue(0, &queue, base).unwrap();
+        let addr = ram.alloc(4096, 16).unwrap();
+        for byte in 0..50 {
+            invert(&ram, &mut queue, addr, byte);
+        }
+        drop(front_end);
+        daemon.join().unwrap();
+    }
 }

@@ -291,7 +291,9 @@ impl DiskConfig {
     /// What to open.
     fn source(&self) -> Result<Source, ConfigError> {
         let size = |size: Size| match size.bytes() {
-            n if n >= SECTOR_SIZE && n % SECTOR_SIZE == 0 && i64::try_from(n).is_ok() => Ok(n),
+            n if n >= SECTOR_SIZE && n.is_multiple_of(SECTOR_SIZE) && i64::try_from(n).is_ok() => {
+                Ok(n)
+            }
             n => Err(ConfigError::DiskSize(n)),
         };
         let only_files = [

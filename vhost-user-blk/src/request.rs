@@ -111,7 +111,7 @@ impl Limits {
     /// `len` bytes from `sector` on, if the disk has them all.
     #[inline]
     fn range(&self, sector: u64, len: u64) -> Result<ByteRange, Status> {
-        if len % SECTOR_SIZE != 0 {
+        if !len.is_multiple_of(SECTOR_SIZE) {
             return Err(Status::IoErr);
         }
         let sectors = len >> SECTOR_SHIFT;
@@ -144,7 +144,10 @@ pub fn parse(
     status: &mut IoVecs,
     limits: &Limits,
 ) -> Result<Request, Status> {
-    writable.take_tail(1, status);
+    if writable.take_tail(1, status) == 0 {
+        // Nobody could learn what became of it, so nothing does.
+        return Err(Status::IoErr);
+    }
     let header: Header = readable.read_obj().ok_or(Status::IoErr)?;
     let sector = u64::from_le(header.sector);
     match u32::from_le(header.kind) {

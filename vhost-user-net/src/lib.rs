@@ -1,1 +1,161 @@
-//! Outboard `vhost-user-net`: see the crate's README section.
+//! Outboard `vhost-user-net`: a virtio network device for any VMM that speaks vhost-user.
+//!
+//! | room | what it holds |
+//! |---|---|
+//! | [`header`] | `virtio_net_hdr`: checked and made anew (pure) |
+//! | [`control`] | control queue commands, and the receive filter they shape (pure) |
+//! | [`filter`] | anti-spoofing (pure) |
+//! | [`config`] | configuration space |
+//! | [`device`], [`shared`] | what the device offers; what its threads share |
+//! | [`worker`] | the data path of a queue pair |
+//! | [`batch`] | several frames in one system call |
+//! | [`backend`] | tap, macvtap, packet socket |
+//! | [`capture`] | pcap files |
+//! | [`operator`] | requests on the control socket |
+//! | [`sys`] | system calls of network interfaces |
+//!
+//! [`run`] is the daemon: files and sockets are opened, the sandbox is closed, then it serves.
+
+pub mod announce;
+pub mod backend;
+pub mod batch;
+pub mod capture;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod device;
+pub mod filter;
+pub mod header;
+pub mod operator;
+pub mod shared;
+pub mod sys;
+pub mod worker;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+use outboard_common::admin::AdminSockets;
+use outboard_common::capabilities::Capabilities;
+use outboard_common::daemon::{self, Endpoint, RunOptions};
+use outboard_common::metrics::Registry;
+use outboard_common::rate_limiter::{DirectionLimits, Limits, RateLimiter};
+use outboard_common::sys::inherited_fd;
+use outboard_common::transport::Transport;
+use outboard_common::vhost_user::session::SessionOptions;
+
+use self::backend::Backend;
+use self::backend::macvtap::MacvtapBackend;
+use self::backend::packet::{PacketBackend, PacketOptions};
+use self::backend::tap::{TapBackend, TapOptions};
+use self::capture::Capture;
+use self::cli::{BackendArgs, Cli, GuardArgs};
+use self::config::NetConfig;
+use self::device::{NetDevice, Offers};
+use self::filter::SourceFilter;
+use self::operator::Operator;
+use self::shared::{PairMetrics, Shared, SharedParts};
+
+/// The program's name, and its device's in logs and metrics.
+const PROGRAM: &str = "vhost-user-net";
+const DEVICE: &str = "net0";
+
+/// What `--print-capabilities` says.
+pub const CAPABILITIES: Capabilities = Capabilities { device_type: "net", features: &[] };
+
+/// Runs the daemon until it is told to leave.
+///
+/// # Errors
+/// Whatever keeps it from starting, for the operator.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    outboard_common::logging::init(&cli.log, PROGRAM)?;
+    // Inherited descriptors first, before anything of ours takes their numbers.
+    let choice =
+        cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
+    let taps = cli.backend.tap_fd.iter().map(|&fd| inherit(fd)).collect::<Result<Vec<_>, _>>()?;
+    let backend = open_backend(&cli, taps)?;
+    let transport = Transport::open(&choice)?;
+    let admin = AdminSockets::bind(
+        cli.metrics.metrics_socket.as_deref(),
+        cli.control.control_socket.as_deref(),
+    )?;
+    let registry = Arc::new(Registry::new(PROGRAM));
+    let device = Arc::new(make_device(&cli, backend, &registry)?);
+    let options = SessionOptions::new(&cli.socket, &cli.workers);
+    let endpoint = Endpoint::new(device.clone(), transport, options).counted_in(&registry);
+    let _admin = admin.serve(registry, Arc::new(Operator::new(device)))?;
+    daemon::run(vec![endpoint], RunOptions::default())
+}
+
+fn inherit(fd: i32) -> anyhow::Result<OwnedFd> {
+    let fd =
+        inherited_fd(fd).with_context(|| format!("--tap-fd {fd} is not an open descriptor"))?;
+    rustix::io::ioctl_fionbio(&fd, true).context("cannot make the tap descriptor non-blocking")?;
+    Ok(fd)
+}
+
+fn open_backend(cli: &Cli, taps: Vec<OwnedFd>) -> anyhow::Result<Arc<dyn Backend>> {
+    let args = &cli.backend;
+    let pairs = args.queue_pairs.get();
+    let BackendArgs { tap, macvtap, packet, netns, .. } = args;
+    let backend: Arc<dyn Backend> = if let Some(name) = packet {
+        let options = PacketOptions { name: name.clone(), netns: netns.clone(), pairs };
+        Arc::new(PacketBackend::open(&options)?)
+    } else if let Some(path) = macvtap {
+        Arc::new(MacvtapBackend::open(path, pairs)?)
+    } else if !taps.is_empty() {
+        Arc::new(TapBackend::from_fds(taps)?)
+    } else if let Some(name) = tap {
+        Arc::new(TapBackend::open(&TapOptions {
+            name: Some(name.clone()),
+            netns: netns.clone(),
+            pairs,
+            mtu: cli.device.mtu,
+        })?)
+    } else {
+        bail!("no network is named: give --tap, --tap-fd, --macvtap or --packet");
+    };
+    Ok(backend)
+}
+
+fn make_device(
+    cli: &Cli,
+    backend: Arc<dyn Backend>,
+    registry: &Registry,
+) -> anyhow::Result<NetDevice> {
+    let GuardArgs { any_mac, allow_ip, pcap, pcap_size, no_io_uring, .. } = &cli.guard;
+    let capture = match pcap {
+        Some(path) => Some(Capture::open(path, pcap_size.bytes())?),
+        None => None,
+    };
+    let locked_mac = cli.device.mac.filter(|_| !any_mac);
+    let mac = cli.device.mac.or_else(|| backend.fixed_mac());
+    let mtu = cli.device.mtu.or_else(|| backend.mtu());
+    let metrics = registry.device(DEVICE);
+    let shared = Shared::new(SharedParts {
+        name: DEVICE.to_owned(),
+        source: SourceFilter::new(locked_mac, allow_ip.clone()),
+        limiter: RateLimiter::new(limits(&cli.guard), Instant::now()),
+        capture,
+        metrics: (0..backend.pairs()).map(|pair| PairMetrics::new(&metrics, pair)).collect(),
+        plain_io: *no_io_uring,
+        config: NetConfig::new(mac, backend.pairs(), mtu, cli.device.speed),
+        backend,
+    });
+    let offers = Offers {
+        mac: mac.is_some(),
+        mac_change: locked_mac.is_none(),
+        mtu: mtu.is_some(),
+        speed: cli.device.speed.is_some(),
+    };
+    Ok(NetDevice::new(Arc::new(shared), offers))
+}
+
+/// The limits on the command line; reading is the guest's receiving.
+fn limits(guard: &GuardArgs) -> Limits {
+    Limits {
+        read: DirectionLimits { ops: guard.rx_packets, bytes: guard.rx_bytes },
+        write: DirectionLimits { ops: guard.tx_packets, bytes: guard.tx_bytes },
+    }
+}

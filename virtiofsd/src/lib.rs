@@ -35,7 +35,6 @@ use outboard_common::logging;
 use outboard_common::metrics::Registry;
 use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
-use outboard_common::worker::WorkerOptions;
 
 use crate::cli::{Arguments, Cache, InodeHandles, SharingArgs, When};
 use crate::control::FsControl;
@@ -152,8 +151,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     );
 
     let registry = Arc::new(Registry::new("virtiofsd"));
-    let workers = WorkerOptions::from(&arguments.threads.workers);
-    let options = SessionOptions { workers, ..SessionOptions::default() };
+    let options = SessionOptions::new(&arguments.socket, &arguments.threads.workers);
     let control = Arc::new(FsControl(device.server().clone()));
     let endpoint = Endpoint::new(Arc::new(device), transport, options).counted_in(&registry);
     let admin = admin.serve(registry, control)?;

@@ -57,6 +57,25 @@ impl InflightRegion {
         (offset.checked_add(len)? <= map.size()).then(|| Self { map: map.clone(), offset, len })
     }
 
+    /// Blanks the record, so that whoever starts the ring next begins where the front end says: the
+    /// driver reset the ring.
+    pub fn blank(&self) {
+        self.store(8, 0u16);
+    }
+
+    /// Blanks the record of a stopped ring of `size` entries if nothing in it is in flight. For when
+    /// the front end is told the ring's base: what it starts the ring with next may follow a reset
+    /// and have nothing to do with where we stopped. Only after a loss of the connection or a crash
+    /// does the record speak.
+    pub fn blank_if_finished(&self, size: u16, packed: bool) {
+        let (header, state) =
+            if packed { (PACKED_HEADER, PACKED_STATE) } else { (SPLIT_HEADER, SPLIT_STATE) };
+        let busy = (0..usize::from(size)).any(|i| self.load::<u8>(header + state * i) != 0);
+        if !busy {
+            self.blank();
+        }
+    }
+
     #[inline]
     fn at(&self, offset: usize, size: usize) -> *mut u8 {
         assert!(offset + size <= self.len, "inflight access within the region");
@@ -153,11 +172,6 @@ impl SplitInflight {
         self.counter = self.counter.wrapping_add(1);
         crash_order();
         self.region.store(state, 1u8);
-    }
-
-    /// Nothing is in flight and the ring is stopped: the next start begins anew.
-    pub(super) fn forget(&mut self) {
-        self.region.store(8, 0u16);
     }
 
     /// Undoes the latest `take`.
@@ -380,11 +394,6 @@ impl PackedInflight {
         self.region.store(12, entry);
         self.region.store(14, entry);
         head
-    }
-
-    /// Nothing is in flight and the ring is stopped: the next start begins anew.
-    pub(super) fn forget(&mut self) {
-        self.region.store(8, 0u16);
     }
 
     /// Undoes the latest `take`, which returned `head`.

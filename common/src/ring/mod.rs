@@ -81,6 +81,9 @@ impl Call {
     }
 }
 
+/// Bytes in one chain at the most, both ways together: every count of a request's bytes fits a `u32`.
+const MAX_CHAIN_BYTES: usize = u32::MAX as usize;
+
 /// Completions that wait for older ones: virtio's IN_ORDER has used entries in the order in which
 /// chains were made available.
 #[derive(Debug)]
@@ -190,24 +193,23 @@ impl Queue {
         }
         self.memory.refresh(self.in_flight);
         loop {
-            match self.take(chain) {
-                Ok(true) => {
-                    chain.token.sequence = self.sequence;
-                    self.sequence = self.sequence.wrapping_add(1);
-                    self.in_flight += 1;
-                    return true;
-                }
+            let outcome = match self.take(chain) {
                 Ok(false) => return false,
-                Err(e) if e.is_chain_only() => {
-                    chain.token.sequence = self.sequence;
-                    self.sequence = self.sequence.wrapping_add(1);
-                    self.in_flight += 1;
-                    self.reject(chain, e);
+                Ok(true) if chain.readable.len() + chain.writable.len() > MAX_CHAIN_BYTES => {
+                    Err(RingError::TooManyBytes)
                 }
-                Err(e) => {
+                Err(e) if !e.is_chain_only() => {
                     self.retire(e);
                     return false;
                 }
+                outcome => outcome,
+            };
+            chain.token.sequence = self.sequence;
+            self.sequence = self.sequence.wrapping_add(1);
+            self.in_flight += 1;
+            match outcome {
+                Ok(_) => return true,
+                Err(e) => self.reject(chain, e),
             }
         }
     }
@@ -459,29 +461,33 @@ impl Queue {
         self.retired
     }
 
-    /// Lets go of the ring; returns the vring base to answer GET_VRING_BASE with (split: the next
-    /// available index; packed: both positions).
-    ///
-    /// A queue with nothing in flight leaves its inflight record blank, so that whoever starts the
-    /// ring next begins where the front end says: after a reset of the ring that is not where we
-    /// stopped. Only after a crash does the record speak.
+    /// Where the next chain is taken from, as a vring base has it (packed: its lower half). A device
+    /// tells by it whether a queue that starts again goes on where it stopped.
     #[must_use]
-    pub fn release(mut self) -> u32 {
-        let clean = self.in_flight == 0;
-        match &mut self.format {
-            Format::Split { ring, inflight, again } => {
-                if let (Some(inflight), true, true) = (inflight, clean, again.is_empty()) {
-                    inflight.forget();
-                }
+    pub fn next_avail(&self) -> u16 {
+        match &self.format {
+            Format::Split { ring, again, .. } => {
+                ring.last_avail().wrapping_sub(u16::try_from(again.len()).unwrap_or(0))
+            }
+            Format::Packed { ring, .. } => {
+                #[allow(clippy::cast_possible_truncation, reason = "the lower half is meant")]
+                let half = ring.base() as u16;
+                half
+            }
+        }
+    }
+
+    /// Lets go of the ring; returns the vring base to answer GET_VRING_BASE with (split: the next
+    /// available index; packed: both positions). The inflight record stays as it is: only the
+    /// session knows whether the front end will hear of this base.
+    #[must_use]
+    pub fn release(self) -> u32 {
+        match &self.format {
+            Format::Split { ring, again, .. } => {
                 let pending = u16::try_from(again.len()).unwrap_or(0);
                 u32::from(ring.last_avail().wrapping_sub(pending))
             }
-            Format::Packed { ring, inflight, again } => {
-                if let (Some(inflight), true, true) = (inflight, clean, again.is_empty()) {
-                    inflight.forget();
-                }
-                ring.base()
-            }
+            Format::Packed { ring, .. } => ring.base(),
         }
     }
 }

@@ -116,10 +116,7 @@ impl PackedRing {
         memory: Arc<GuestMemory>,
     ) -> Self {
         let [desc, driver_event, device_event] = areas;
-        #[allow(clippy::cast_possible_truncation, reason = "the low half is wanted")]
-        let (avail, used) =
-            (Position::from_bits(base as u16), Position::from_bits((base >> 16) as u16));
-        let (avail, used) = (Self::clamp(avail, size), Self::clamp(used, size));
+        let (avail, used) = Self::positions(base, desc);
         Self {
             desc,
             driver_event,
@@ -134,6 +131,24 @@ impl PackedRing {
             indirect: flags.indirect,
             muted: false,
             _memory: memory,
+        }
+    }
+
+    /// Where to go on. Front ends differ: QEMU gives both positions. DPDK gives the available one alone, and
+    /// the other half is 0. UML does not know of wrap counters and starts every ring with 0, where
+    /// a fresh ring's counters are 1; such a ring shows in its first descriptor, which the device
+    /// has never used.
+    fn positions(base: u32, desc: RingMemory) -> (Position, Position) {
+        #[allow(clippy::cast_possible_truncation, reason = "the low half is wanted")]
+        let avail = Position::from_bits(base as u16);
+        let fresh = base == 0 && desc.load16(14, Ordering::Acquire) & F_USED == 0;
+        if fresh {
+            let start = Position { index: 0, wrap: true };
+            return (start, start);
+        }
+        match u16::try_from(base >> 16).unwrap_or(0) {
+            0 => (avail, avail),
+            bits => (avail, Position::from_bits(bits)),
         }
     }
 

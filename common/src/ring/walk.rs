@@ -47,6 +47,10 @@ pub enum RingError {
         /// Length in bytes.
         len: u32,
     },
+    /// More bytes than virtio allows in a chain, which devices count in 32 bits. Virtio 1.3, 2.7.5.2.
+    /// The chain is returned unused, the ring goes on.
+    #[error("descriptor chain of 4 GiB or more")]
+    TooManyBytes,
     /// The available index moved by more than the ring holds, or back.
     #[error("available index {avail} is not within {size} of used index {last}")]
     IndexJump {
@@ -77,7 +81,7 @@ pub enum RingError {
 impl RingError {
     /// Whether only the one chain is bad and the ring itself can go on.
     pub(super) fn is_chain_only(self) -> bool {
-        matches!(self, Self::Address { .. })
+        matches!(self, Self::Address { .. } | Self::TooManyBytes)
     }
 }
 

@@ -73,6 +73,8 @@ pub struct Context {
     pub queues: Queues,
     epoll: RawFd,
     deadline: Option<Instant>,
+    /// Queues to be asked in the next round.
+    again: Vec<u16>,
 }
 
 impl Context {
@@ -108,6 +110,14 @@ impl Context {
     /// cancels it.
     pub fn set_timer(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
+    }
+
+    /// Has [`QueueHandler::on_kick`] called for queue `index` before the loop sleeps, as if the driver
+    /// had kicked it. A queue that is not running is not asked.
+    pub fn ask(&mut self, index: u16) {
+        if !self.again.contains(&index) {
+            self.again.push(index);
+        }
     }
 }
 
@@ -152,8 +162,6 @@ pub trait QueueHandler: Send {
 pub struct EventLoop<H> {
     handler: H,
     cx: Context,
-    /// Queues that asked for another turn.
-    again: Vec<u16>,
     /// Kicks registered, to be removed when the queue stops.
     kicks: Vec<(u16, RawFd)>,
     /// Spinning: how long the next one may last, adapted to success.
@@ -170,8 +178,8 @@ impl<H: QueueHandler> EventLoop<H> {
     /// The process is out of descriptors.
     pub fn new(handler: H) -> io::Result<Self> {
         let epoll = epoll::create(true)?;
-        let cx = Context { queues: Queues::default(), epoll, deadline: None };
-        Ok(Self { handler, cx, again: Vec::new(), kicks: Vec::new(), spin: Duration::ZERO })
+        let cx = Context { queues: Queues::default(), epoll, deadline: None, again: Vec::new() };
+        Ok(Self { handler, cx, kicks: Vec::new(), spin: Duration::ZERO })
     }
 
     /// Serves until the session is over. The whole life of a worker's thread.
@@ -232,7 +240,7 @@ impl<H: QueueHandler> EventLoop<H> {
         if outside {
             self.publish_all();
         }
-        for index in std::mem::take(&mut self.again) {
+        for index in std::mem::take(&mut self.cx.again) {
             self.kick(index);
         }
         if self.cx.deadline.is_some_and(|d| d <= Instant::now()) {
@@ -261,9 +269,7 @@ impl<H: QueueHandler> EventLoop<H> {
             match progress {
                 Progress::Waiting => return,
                 Progress::More => {
-                    if !self.again.contains(&index) {
-                        self.again.push(index);
-                    }
+                    self.cx.ask(index);
                     return;
                 }
                 Progress::Emptied => {
@@ -289,7 +295,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 self.handler.on_stop(index, &mut self.cx);
                 self.publish_all();
                 self.watch_kick(index, None);
-                self.again.retain(|&i| i != index);
+                self.cx.again.retain(|&i| i != index);
                 // The session gave up waiting only if it is gone.
                 let _ = reply.send(self.cx.queues.take(index));
             }
@@ -339,7 +345,7 @@ impl<H: QueueHandler> EventLoop<H> {
 
     /// Waits for events, spinning first if asked to.
     fn wait(&mut self, events: &mut [Event], poll: Duration) -> io::Result<usize> {
-        if !self.again.is_empty() {
+        if !self.cx.again.is_empty() {
             return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
         }
         if self.must_poll() {

@@ -9,14 +9,16 @@
 pub mod blk;
 mod packed;
 mod split;
+pub mod vsock;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use outboard_common::ring::VringAddresses;
+use outboard_common::ring::{Call, InflightRegion, Queue, QueueSetup, VringAddresses};
 use outboard_common::sys::EventFd;
+use outboard_common::vhost_user::memory::SharedMemory;
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio_bindings::{virtio_config as config, virtio_ring as ring};
 
@@ -194,6 +196,33 @@ impl GuestQueue {
         let [descriptor, available, used] =
             self.areas.each_ref().map(|a| self.ram.user_addr(a.addr()));
         VringAddresses { descriptor, available, used }
+    }
+
+    /// The device's end of this queue in this very process, for tests and benchmarks of the engine's
+    /// rings without a socket. `memory` has the table of [`GuestRam::memory_table`].
+    ///
+    /// # Errors
+    /// The ring cannot start (a size that its format does not have, for example).
+    pub fn device_side(
+        &self,
+        memory: &Arc<SharedMemory>,
+        base: u32,
+        inflight: Option<InflightRegion>,
+    ) -> Result<Queue> {
+        let setup = QueueSetup {
+            index: 0,
+            size: self.size,
+            features: self.features,
+            addresses: self.addresses(),
+            base,
+            kick: Some(Arc::new(self.kick.try_clone()?)),
+            call: Call::Fd(Arc::new(self.call.try_clone()?)),
+            err: Some(Arc::new(self.err.try_clone()?)),
+            inflight,
+            memory: memory.clone(),
+            metrics: Arc::default(),
+        };
+        Ok(setup.start()?)
     }
 
     /// The vring base of a ring that was never used, as SET_VRING_BASE wants it.

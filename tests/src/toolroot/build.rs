@@ -72,7 +72,7 @@ fn recent_failure(note: &Path) -> Option<String> {
 }
 
 /// `$OUTBOARD_CACHE`, else `~/.cache/outboard`.
-fn cache_dir() -> Result<PathBuf> {
+pub(crate) fn cache_dir() -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("OUTBOARD_CACHE") {
         return Ok(dir.into());
     }

@@ -105,7 +105,7 @@ pub(super) fn take_lock(file: &File, options: &OpenOptions) -> Result<(), OpenEr
         return Ok(());
     }
     let path = || options.path.clone();
-    match lock::try_lock(file, !options.read_only) {
+    match lock::lock(file, !options.read_only) {
         Ok(true) => Ok(()),
         Ok(false) => {
             let pid = lock::holder(file, !options.read_only);
@@ -146,9 +146,9 @@ fn is_ram_device(file: &File) -> bool {
 
 /// Whether `file` is on a file system that is memory alone.
 fn is_in_memory(file: &File) -> bool {
-    const TMPFS: i64 = 0x0102_1994;
-    const RAMFS: i64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|s| matches!(i64::from(s.f_type), TMPFS | RAMFS))
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    const RAMFS: rustix::fs::FsWord = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|s| matches!(s.f_type, TMPFS | RAMFS))
 }
 
 /// Block sizes of `file`; `wanted` is the operator's.
@@ -223,7 +223,7 @@ impl RawImage {
         if size < SECTOR_SIZE {
             return Err(OpenError::TooSmall { path, size });
         }
-        if size % u64::from(block_size) != 0 {
+        if !size.is_multiple_of(u64::from(block_size)) {
             return Err(OpenError::Misaligned { path, size, block_size });
         }
         Ok(())
@@ -300,7 +300,7 @@ impl RawImage {
             };
             let vectors = data.as_slice();
             let count = i32::try_from(vectors.len().min(IOV_MAX)).unwrap_or(1);
-            let at = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let at = i64::try_from(offset).map_err(io::Error::other)?;
             let flags = if transfer == Transfer::WriteThrough { libc::RWF_DSYNC } else { 0 };
             let done = match transfer {
                 // SAFETY: `IoVecs` vouches for the ranges, and the array has `count` entries.

@@ -47,7 +47,7 @@ pub mod xattr_map;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,11 +60,15 @@ pub use config::{CachePolicy, Config, Demand, InodeFileHandles};
 use credentials::{ActingAs, Caller, OwnIds};
 use locks::Locks;
 use mounts::Mounts;
+use xattr_map::ClientName;
 
 use crate::fuse::extension::CreateContext;
 use crate::fuse::wire::init;
 use crate::handle_store::HandleStore;
 use crate::inode_store::{Handle, InodeStore, Key, NodeFd, NodeInfo};
+
+/// The attribute of file capabilities.
+const CAPABILITY: &CStr = c"security.capability";
 
 /// Why a directory cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +104,9 @@ pub struct PassthroughFs {
     locks: Locks,
     /// INIT flags that both sides switched on.
     negotiated: AtomicU64,
+    /// Where `--xattrmap` puts file capabilities, if it moves them: the host's kernel then does not
+    /// take them away from a file that changes.
+    moved_capability: Option<CString>,
 }
 
 /// The error of a bare errno; allocates nothing.
@@ -176,6 +183,10 @@ impl PassthroughFs {
             verified: true,
             handle: Handle::None,
         };
+        let moved_capability = match config.xattr_map.as_ref().map(|map| map.client(CAPABILITY)) {
+            Some(Ok(ClientName::Renamed(name))) => Some(name),
+            _ => None,
+        };
         Ok(Self {
             timeout: config.timeout(),
             inodes: InodeStore::new(info, NodeFd::new(root), config.hot_fds),
@@ -187,6 +198,7 @@ impl PassthroughFs {
             mounts,
             locks: Locks::default(),
             negotiated: AtomicU64::new(0),
+            moved_capability,
         })
     }
 

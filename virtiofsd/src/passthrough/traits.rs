@@ -188,6 +188,7 @@ impl FileSystem for PassthroughFs {
         let file = self.file(inode, handle)?;
         let kill = self.has(init::HANDLE_KILLPRIV_V2) && fuse_flags & WRITE_KILL_SUIDGID != 0;
         credentials::set_fsetid(!kill)?;
+        self.drop_moved_capability(file.fd.as_fd())?;
         let mut target = FileIo(file.fd.as_fd());
         r.read_to(&mut target, usize::try_from(size).unwrap_or(usize::MAX), offset)
     }

@@ -112,7 +112,12 @@ pub const SOCKETS: &[Rule] = &[
     allow(libc::SYS_getsockname),
     allow(libc::SYS_getpeername),
     allow_if(libc::SYS_socketpair, &[argument_is(0, AF_UNIX)]),
+    // `set_nonblocking` of accepted sockets.
+    allow_if(libc::SYS_ioctl, &[argument_is(1, FIONBIO)]),
 ];
+
+/// `FIONBIO`: the standard library's way to make a socket blocking or not.
+const FIONBIO: u32 = 0x5421;
 
 /// `AF_UNIX`
 const AF_UNIX: u32 = 1;

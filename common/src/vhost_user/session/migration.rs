@@ -33,7 +33,8 @@ impl Inflight {
             .mmap_offset
             .checked_add(body.mmap_size)
             .ok_or_else(|| refused(&"its size wraps around"))?;
-        let len = file.metadata().map_err(|e| refused(&e))?.len();
+        let len = rustix::fs::fstat(&file).map_err(|e| refused(&e))?.st_size;
+        let len = u64::try_from(len).unwrap_or(0);
         let size = usize::try_from(body.mmap_size).map_err(|e| refused(&e))?;
         if len < needed || size == 0 {
             return Err(refused(&format!("it has {len} bytes and should have {needed}")));
@@ -89,7 +90,8 @@ impl Session {
         {
             return Err(refused(&format!("{num_queues} queues of {queue_size} are not possible")));
         }
-        let packed = is_packed(self.features.unwrap_or(0));
+        // Some front ends ask before SET_FEATURES: the packed format needs more.
+        let packed = self.features.is_none_or(is_packed);
         let size = region_size(queue_size, packed) as u64 * u64::from(num_queues);
         let fd =
             rustix::fs::memfd_create("inflight", MemfdFlags::CLOEXEC).map_err(|e| refused(&e))?;

@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
+use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use zerocopy::IntoBytes;
 
 use self::migration::{Inflight, StateTransfer};
@@ -39,6 +40,7 @@ use super::memory::{
     DirtyLog, GuestMemory, MAX_MEM_SLOTS, MemoryError, Region, RegionInfo, SharedMemory,
 };
 use super::wire::{self, ConfigHeader, FLAG_REPLY, Header, Request, VringState};
+use crate::cli::{SocketArgs, WorkerArgs};
 use crate::device::Device;
 use crate::metrics::QueueMetrics;
 use crate::sys::EventFd;
@@ -73,6 +75,21 @@ pub struct SessionOptions {
     /// Offer INBAND_NOTIFICATIONS. Off by default: UML uses it whenever it is offered, and then every
     /// kick is a message with an answer.
     pub inband_notifications: bool,
+    /// Offer VIRTIO_F_ACCESS_PLATFORM if the device has it. Off by default: a driver that sees it uses
+    /// the platform's DMA interface, which UML does not have, so that its queues fail.
+    pub iommu_platform: bool,
+}
+
+impl SessionOptions {
+    /// The options of the shared command-line arguments.
+    #[must_use]
+    pub fn new(socket: &SocketArgs, workers: &WorkerArgs) -> Self {
+        Self {
+            workers: workers.into(),
+            inband_notifications: socket.inband_notifications,
+            iommu_platform: socket.iommu_platform,
+        }
+    }
 }
 
 /// Why a request was not done.
@@ -171,6 +188,8 @@ impl Session {
 
     /// As [`Self::serve`], but leaves the session whole, so that it can be saved.
     pub fn serve_until(&mut self, shutdown: &EventFd) -> Ended {
+        // Without one (no descriptors left) only a front end that stalls can delay the end.
+        self.connection.set_interrupt(shutdown.try_clone().ok());
         loop {
             let mut fds = [
                 PollFd::new(&self.connection, PollFlags::IN),
@@ -195,6 +214,7 @@ impl Session {
                     }
                 }
                 Err(ReceiveError::Closed) => return Ended::FrontendLeft,
+                Err(ReceiveError::Interrupted) => return Ended::ShutDown,
                 Err(error) => {
                     tracing::warn!(%error, "ending the session");
                     return Ended::FrontendLeft;
@@ -279,7 +299,12 @@ impl Session {
 
     /// Virtio features offered.
     fn offered(&self) -> u64 {
-        self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL
+        let offered = self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL;
+        if self.options.iommu_platform {
+            offered
+        } else {
+            offered & !(1 << VIRTIO_F_ACCESS_PLATFORM)
+        }
     }
 
     /// Protocol features offered.
@@ -485,6 +510,11 @@ impl Session {
 
     fn reset_device(&mut self) {
         self.stop_all();
+        for index in 0..self.device.queue_count() {
+            if let Some((record, ..)) = self.record_of(index.into()) {
+                record.blank();
+            }
+        }
         for vring in &mut self.vrings {
             vring.forget_driver();
         }

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use zerocopy::IntoBytes;
 
 use super::{F_PROTOCOL_FEATURES, Reply, RequestError, Session, VringState};
-use crate::ring::{Call, QueueSetup, VringAddresses};
+use crate::ring::{Call, InflightRegion, QueueSetup, VringAddresses};
 use crate::sys::EventFd;
 use crate::worker::Command;
 
@@ -131,7 +131,19 @@ impl Session {
     pub(super) fn get_vring_base(&mut self, index: u32) -> Result<Reply, RequestError> {
         let vring = self.hold(index)?;
         vring.kick = Kick::None;
-        Ok(Reply::Body(VringState { index, num: vring.base }.as_bytes().to_vec()))
+        let base = vring.base;
+        if let Some((region, size, packed)) = self.record_of(index) {
+            region.blank_if_finished(size, packed);
+        }
+        Ok(Reply::Body(VringState { index, num: base }.as_bytes().to_vec()))
+    }
+
+    /// Vring `index`'s part of the inflight file, its size in entries, and whether it is packed.
+    pub(super) fn record_of(&self, index: u32) -> Option<(InflightRegion, u16, bool)> {
+        let (inflight, features) = (self.inflight.as_ref()?, self.features?);
+        let size = self.vrings.get(usize::try_from(index).ok()?)?.size;
+        let region = inflight.region_of(Self::narrow(index), size, features)?;
+        Some((region, size, features & (1 << VIRTIO_F_RING_PACKED) != 0))
     }
 
     pub(super) fn set_vring_kick(

@@ -1,0 +1,245 @@
+//! virtiofsd as a file system of the host, through the fuse bridge.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use testkit::cargo_tool;
+use testkit::daemon::Daemon;
+use testkit::fuse_bridge::{self, BridgeOptions, FuseBridge};
+use testkit::skip::skip;
+
+/// A daemon with a mount.
+struct Mounted {
+    // Dropped in this order.
+    bridge: FuseBridge,
+    daemon: Daemon,
+    dir: tempfile::TempDir,
+}
+
+impl Mounted {
+    fn new(arguments: &[&str], options: BridgeOptions) -> Option<Self> {
+        if !fuse_bridge::available() {
+            skip("mounting a fuse device needs root and /dev/fuse");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["shared", "mount"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::set_permissions(dir.path().join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let socket = dir.path().join("fs.sock");
+        let shared = format!("--shared-dir={}", dir.path().join("shared").display());
+        let mut all = vec![shared.as_str()];
+        all.extend(arguments);
+        let daemon = Daemon::start("virtiofsd", &socket, &all).unwrap();
+        let bridge = FuseBridge::mount(&socket, &dir.path().join("mount"), options).unwrap();
+        Some(Self { bridge, daemon, dir })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.bridge.path().join(name)
+    }
+
+    fn shared(&self, name: &str) -> PathBuf {
+        self.dir.path().join("shared").join(name)
+    }
+}
+
+#[test]
+fn files_made_through_the_mount_are_on_the_host_and_back() {
+    for queues in [1, 3] {
+        let options = BridgeOptions { queues, ..BridgeOptions::default() };
+        let Some(mut mounted) = Mounted::new(&["--xattr"], options) else { return };
+        fs::create_dir(mounted.path("d")).unwrap();
+        let data: Vec<u8> = (0..3_000_000_u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
+        fs::write(mounted.path("d/file"), &data).unwrap();
+        assert!(fs::read(mounted.shared("d/file")).unwrap() == data);
+        fs::write(mounted.shared("d/other"), &data).unwrap();
+        assert!(fs::read(mounted.path("d/other")).unwrap() == data);
+        symlink("d/file", mounted.path("link")).unwrap();
+        fs::hard_link(mounted.path("d/file"), mounted.path("hard")).unwrap();
+        assert_eq!(fs::metadata(mounted.path("hard")).unwrap().nlink(), 2);
+        assert_eq!(
+            fs::metadata(mounted.path("link")).unwrap().ino(),
+            fs::metadata(mounted.path("hard")).unwrap().ino()
+        );
+        fs::rename(mounted.path("d"), mounted.path("e")).unwrap();
+        let names: Vec<_> =
+            fs::read_dir(mounted.path("e")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 2);
+        fs::remove_dir_all(mounted.path("e")).unwrap();
+        assert!(!mounted.shared("e").exists());
+        assert!(mounted.daemon.is_running());
+    }
+}
+
+/// Cases of pjdfstest that do not pass through the mount though they pass on the host's file system, each
+/// with the reason.
+const PJDFSTEST_EXCEPTIONS: &[(&str, &str)] = &[(
+    "link::link_count_max",
+    "skipped: the C library derives LINK_MAX from the type of the file system, and knows none for FUSE",
+)];
+
+const PJDFSTEST_CONFIG: &str = r#"
+[features]
+posix_fallocate = {}
+rename_ctime = {}
+utime_now = {}
+utimensat = {}
+[settings]
+naptime = 0.02
+allow_remount = false
+[dummy_auth]
+entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
+"#;
+
+/// The program of a crate, or `None` after the test was counted as skipped.
+fn tool(name: &str, version: &str) -> Option<PathBuf> {
+    match cargo_tool::installed(name, version) {
+        Ok(program) => Some(program),
+        Err(error) => {
+            skip(&format!("no {name}: {error:#}"));
+            None
+        }
+    }
+}
+
+/// Names of the cases that failed and number of those that passed in `dir`.
+fn pjdfstest(program: &Path, dir: &Path, config: &Path) -> (Vec<String>, usize) {
+    let output = Command::new(program)
+        .arg("-c")
+        .arg(config)
+        .arg("-p")
+        .arg(dir)
+        .args(["-s", "/dev/shm"])
+        .current_dir("/")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("Summary:"), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    let cases: Vec<(&str, &str)> = text
+        .lines()
+        .filter(|line| !line.starts_with(char::is_whitespace))
+        .filter_map(|line| line.split_once(char::is_whitespace))
+        .map(|(name, result)| (name, result.trim()))
+        .collect();
+    let failed =
+        cases.iter().filter(|(_, result)| *result == "FAILED").map(|(name, _)| (*name).to_owned());
+    let failed: Vec<String> = failed.collect();
+    let passed = cases.iter().filter(|(_, result)| *result == "ok").count();
+    assert!(passed > 300, "only {passed} cases passed: {text}");
+    (failed, passed)
+}
+
+#[test]
+fn pjdfstest_passes_where_it_passes_on_the_host() {
+    let Some(program) = tool("pjdfstest", "0.2.2") else { return };
+    let host = tempfile::tempdir().unwrap();
+    fs::set_permissions(host.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let config = host.path().join("pjdfstest.toml");
+    fs::write(&config, PJDFSTEST_CONFIG).unwrap();
+    let place = host.path().join("place");
+    fs::create_dir(&place).unwrap();
+    let arguments: [&[&str]; 5] = [
+        &[],
+        &["--cache=never"],
+        &["--cache=always", "--writeback", "--inode-file-handles=never"],
+        &["--posix-acl", "--killpriv-v2", "--xattr"],
+        &["--cache=metadata", "--killpriv-v2", "--no-readdirplus", "--thread-pool-size=0"],
+    ];
+    let mut baseline = None;
+    for arguments in arguments {
+        let options = BridgeOptions { queues: 2, ..BridgeOptions::default() };
+        let Some(mut mounted) = Mounted::new(arguments, options) else { return };
+        let (host_failed, host_passed) =
+            baseline.get_or_insert_with(|| pjdfstest(&program, &place, &config));
+        let (failed, passed) = pjdfstest(&program, mounted.bridge.path(), &config);
+        let excepted = |name: &String| PJDFSTEST_EXCEPTIONS.iter().any(|(case, _)| case == name);
+        let news: Vec<_> =
+            failed.iter().filter(|case| !host_failed.contains(case) && !excepted(case)).collect();
+        assert!(
+            news.is_empty(),
+            "{arguments:?}: {news:#?} fail; on the host only {host_failed:?} do"
+        );
+        assert!(
+            passed + PJDFSTEST_EXCEPTIONS.len() >= *host_passed,
+            "{arguments:?}: {passed} of {host_passed}"
+        );
+        assert!(mounted.daemon.is_running());
+    }
+}
+
+#[test]
+fn two_guests_exclude_each_other() {
+    use rustix::fs::{FlockOperation, fcntl_lock, flock};
+    let arguments = ["--posix-lock", "--flock"];
+    let Some(first) = Mounted::new(&arguments, BridgeOptions::default()) else { return };
+    // A second daemon for the same directory.
+    let socket = first.dir.path().join("second.sock");
+    let shared = format!("--shared-dir={}", first.shared("").display());
+    let _daemon =
+        Daemon::start("virtiofsd", &socket, &[shared.as_str(), arguments[0], arguments[1]])
+            .unwrap();
+    let mount = first.dir.path().join("second");
+    fs::create_dir(&mount).unwrap();
+    let second = FuseBridge::mount(&socket, &mount, BridgeOptions::default()).unwrap();
+    fs::write(first.path("file"), "locked").unwrap();
+    let open = |path: PathBuf| fs::File::options().read(true).write(true).open(path).unwrap();
+    let here = open(first.path("file"));
+    let there = open(second.path().join("file"));
+    let locks: [fn(&fs::File, FlockOperation) -> rustix::io::Result<()>; 2] =
+        [|file, operation| fcntl_lock(file, operation), |file, operation| flock(file, operation)];
+    for lock in locks {
+        lock(&here, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let refused = lock(&there, FlockOperation::NonBlockingLockExclusive).unwrap_err();
+        assert!(
+            matches!(refused, rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS),
+            "{refused}"
+        );
+        assert!(lock(&there, FlockOperation::NonBlockingLockShared).is_err());
+        // One that waits gets it when the other lets go.
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| lock(&there, FlockOperation::LockExclusive));
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert!(!waiter.is_finished());
+            lock(&here, FlockOperation::Unlock).unwrap();
+            waiter.join().unwrap().unwrap();
+        });
+        assert!(lock(&here, FlockOperation::NonBlockingLockExclusive).is_err());
+        lock(&there, FlockOperation::Unlock).unwrap();
+        lock(&here, FlockOperation::NonBlockingLockShared).unwrap();
+        lock(&there, FlockOperation::NonBlockingLockShared).unwrap();
+        lock(&here, FlockOperation::Unlock).unwrap();
+        lock(&there, FlockOperation::Unlock).unwrap();
+    }
+}
+
+#[test]
+fn fsx_finds_no_difference() {
+    let Some(program) = tool("fsx", "0.3.2") else { return };
+    let operations =
+        std::env::var("OUTBOARD_FSX_OPERATIONS").unwrap_or_else(|_| "20000".to_owned());
+    let arguments: [&[&str]; 3] =
+        [&["--cache=auto"], &["--cache=always", "--writeback"], &["--cache=never", "--allow-mmap"]];
+    for arguments in arguments {
+        let options = BridgeOptions { queues: 2, ..BridgeOptions::default() };
+        let Some(mounted) = Mounted::new(arguments, options) else { return };
+        let output = Command::new(&program)
+            .args(["-q", "-N", &operations, "-S", "1"])
+            .arg("-P")
+            .arg(mounted.dir.path())
+            .arg(mounted.path("file"))
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}\n{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}

@@ -1,0 +1,90 @@
+//! Where frames go to and come from: the other side of the device.
+//!
+//! A [`Backend`] is opened once, before the sandbox closes, with a descriptor for every queue pair.
+//! Workers read and write those descriptors themselves; the trait is for everything rarer.
+
+pub mod macvtap;
+pub mod packet;
+pub mod tap;
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::control::MacAddr;
+
+/// How frames are written to a descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// A tap character device: one write is one frame with its header, and never waits for long.
+    Tap,
+    /// A packet socket: one message is one frame with its header; it may be full.
+    Packet,
+}
+
+/// One network back end.
+pub trait Backend: Send + Sync + Debug {
+    /// Queue pairs opened.
+    fn pairs(&self) -> u16;
+
+    /// The descriptor of a pair, non-blocking.
+    fn queue(&self, pair: u16) -> Option<BorrowedFd<'_>>;
+
+    /// How to write frames.
+    fn framing(&self) -> Framing;
+
+    /// The virtio-net features that it makes possible.
+    fn features(&self) -> u64;
+
+    /// The MTU of the network behind it, bytes, when it has one of its own.
+    fn mtu(&self) -> Option<u16>;
+
+    /// The address that the guest must use, where the back end only takes that one.
+    fn fixed_mac(&self) -> Option<MacAddr> {
+        None
+    }
+
+    /// Sets the bytes of header before each frame.
+    ///
+    /// # Errors
+    /// The kernel refuses: the device cannot work with this driver.
+    fn set_header_size(&self, bytes: usize) -> io::Result<()>;
+
+    /// Says which offloads (`VIRTIO_NET_F_GUEST_*` bits) the guest takes on frames it receives.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn set_guest_offloads(&self, offloads: u64) -> io::Result<()>;
+
+    /// Takes a queue pair in or out of use.
+    fn set_pair_running(&self, pair: u16, running: bool) {
+        let _ = (pair, running);
+    }
+
+    /// The guest took another address.
+    ///
+    /// # Errors
+    /// The interface cannot have it.
+    fn set_mac(&self, mac: MacAddr) -> io::Result<()> {
+        let _ = mac;
+        Ok(())
+    }
+
+    /// Changes the host side's MTU.
+    ///
+    /// # Errors
+    /// The interface cannot have it.
+    fn set_mtu(&self, mtu: u16) -> io::Result<()> {
+        let _ = mtu;
+        Ok(())
+    }
+
+    /// Plugs or unplugs the host's end of the cable, where it has one.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn set_link(&self, up: bool) -> io::Result<()> {
+        let _ = up;
+        Ok(())
+    }
+}

@@ -1,0 +1,196 @@
+//! A packet socket on an interface that exists already, such as a pod's veth.
+//!
+//! # Theory of operation
+//! A container network plug-in gives a pod an interface in a namespace. A packet socket there sees
+//! every frame that arrives and sends frames out, with `virtio_net_hdr` (PACKET_VNET_HDR), so that
+//! super-frames and open checksums cross it; no bridge, no second interface and no traffic rules are
+//! needed. The namespace's own IP stack sees arriving frames too, so the interface must have no
+//! addresses there: the guest has them.
+//!
+//! Unlike a tap, a packet socket cannot be told which offloads the reader takes: frames come as the
+//! sender's side left them. The worker finishes in software what the guest did not negotiate.
+#![allow(unsafe_code, reason = "packet sockets have options and addresses of their own")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use libc::{c_int, c_void};
+use virtio_bindings::virtio_net as v;
+
+use super::{Backend, Framing};
+use crate::control::MacAddr;
+use crate::sys::{self, InterfaceName, Interfaces};
+
+/// `PACKET_VNET_HDR_SZ`, since Linux 6.6: the header's size in bytes.
+const PACKET_VNET_HDR_SZ: c_int = 24;
+/// `PACKET_IGNORE_OUTGOING`: do not read what we, or others here, sent.
+const PACKET_IGNORE_OUTGOING: c_int = 23;
+/// Room for frames on their way out, bytes: several super-frames.
+const SEND_BUFFER_BYTES: c_int = 4 << 20;
+/// Room for frames not read yet, bytes.
+const RECEIVE_BUFFER_BYTES: c_int = 8 << 20;
+
+/// Which interface to open.
+#[derive(Debug, Clone)]
+pub struct PacketOptions {
+    /// The interface.
+    pub name: InterfaceName,
+    /// The network namespace it lives in.
+    pub netns: Option<PathBuf>,
+    /// Queue pairs.
+    pub pairs: u16,
+}
+
+/// Packet sockets on one interface.
+#[derive(Debug)]
+pub struct PacketBackend {
+    name: InterfaceName,
+    queues: Vec<OwnedFd>,
+    interfaces: Interfaces,
+}
+
+impl PacketBackend {
+    /// Opens the sockets.
+    ///
+    /// # Errors
+    /// A sentence for the operator: no such interface or namespace, no permission, an old kernel.
+    pub fn open(options: &PacketOptions) -> anyhow::Result<Self> {
+        match &options.netns {
+            Some(path) => sys::in_network_namespace(path, || Self::open_here(options)),
+            None => Self::open_here(options),
+        }
+    }
+
+    fn open_here(options: &PacketOptions) -> anyhow::Result<Self> {
+        let name = options.name.clone();
+        let interfaces = Interfaces::new().context("cannot make a socket")?;
+        let index = interfaces
+            .index(&name)
+            .with_context(|| format!("there is no interface {name} in that network namespace"))?;
+        let mut queues = Vec::new();
+        for _ in 0..options.pairs {
+            let socket = packet_socket(index)
+                .with_context(|| format!("cannot open a packet socket on {name}"))?;
+            queues.push(socket);
+        }
+        if queues.len() > 1 {
+            // Flows are spread over the sockets by their hash; the group's number is the
+            // interface's and ours.
+            let group = (index ^ i32::try_from(std::process::id()).unwrap_or(0)) & 0xffff;
+            for socket in &queues {
+                set_option(socket.as_fd(), libc::PACKET_FANOUT, group)
+                    .with_context(|| format!("cannot spread {name} over several queues"))?;
+            }
+        }
+        interfaces
+            .add_flags(&name, libc::IFF_UP)
+            .with_context(|| format!("cannot set {name} up"))?;
+        Ok(Self { name, queues, interfaces })
+    }
+}
+
+/// A non-blocking packet socket bound to interface `index`, with `virtio_net_hdr`.
+fn packet_socket(index: c_int) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // Protocol 0: nothing is received before the socket is bound.
+    // SAFETY: takes no pointers.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nothing else owns.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let fd = socket.as_fd();
+    let header = c_int::try_from(crate::header::HEADER_SIZE).map_err(io::Error::other)?;
+    set_option(fd, PACKET_VNET_HDR_SZ, header)?;
+    set_option(fd, PACKET_IGNORE_OUTGOING, 1)?;
+    set_option(fd, libc::PACKET_QDISC_BYPASS, 1)?;
+    for (option, bytes) in
+        [(libc::SO_SNDBUFFORCE, SEND_BUFFER_BYTES), (libc::SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)]
+    {
+        // Without CAP_NET_ADMIN the default has to do.
+        let _ = set_socket_option(fd, libc::SOL_SOCKET, option, &bytes);
+    }
+    let membership = libc::packet_mreq {
+        mr_ifindex: index,
+        mr_type: u16::try_from(libc::PACKET_MR_PROMISC).unwrap_or(1),
+        mr_alen: 0,
+        mr_address: [0; 8],
+    };
+    set_socket_option(fd, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &membership)?;
+    bind(fd, index)?;
+    Ok(socket)
+}
+
+/// Starts receiving every protocol from interface `index`.
+fn bind(fd: BorrowedFd<'_>, index: c_int) -> io::Result<()> {
+    let all = u16::try_from(libc::ETH_P_ALL).map_err(io::Error::other)?;
+    let address = libc::sockaddr_ll {
+        sll_family: libc::sa_family_t::try_from(libc::AF_PACKET).map_err(io::Error::other)?,
+        sll_protocol: all.to_be(),
+        sll_ifindex: index,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let size = libc::socklen_t::try_from(size_of_val(&address)).map_err(io::Error::other)?;
+    let pointer = std::ptr::from_ref(&address).cast::<libc::sockaddr>();
+    // SAFETY: `pointer` and `size` describe `address`, which lives through the call.
+    let result = unsafe { libc::bind(fd.as_raw_fd(), pointer, size) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn set_option(fd: BorrowedFd<'_>, option: c_int, value: c_int) -> io::Result<()> {
+    set_socket_option(fd, libc::SOL_PACKET, option, &value)
+}
+
+fn set_socket_option<T>(fd: BorrowedFd<'_>, level: c_int, option: c_int, v: &T) -> io::Result<()> {
+    let size = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let pointer = std::ptr::from_ref(v).cast::<c_void>();
+    // SAFETY: `pointer` and `size` describe `v`, which lives through the call.
+    let result = unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, pointer, size) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+impl Backend for PacketBackend {
+    fn pairs(&self) -> u16 {
+        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
+    }
+
+    fn queue(&self, pair: u16) -> Option<BorrowedFd<'_>> {
+        self.queues.get(usize::from(pair)).map(AsFd::as_fd)
+    }
+
+    fn framing(&self) -> Framing {
+        Framing::Packet
+    }
+
+    fn features(&self) -> u64 {
+        // As a tap's, less what needs the kernel's help on the receiving side.
+        super::tap::FEATURES & !(1 << v::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        self.interfaces.mtu(&self.name).ok().and_then(|mtu| u16::try_from(mtu).ok())
+    }
+
+    fn fixed_mac(&self) -> Option<MacAddr> {
+        self.interfaces.mac(&self.name).ok()
+    }
+
+    fn set_header_size(&self, bytes: usize) -> io::Result<()> {
+        let size = c_int::try_from(bytes).map_err(io::Error::other)?;
+        self.queues.iter().try_for_each(|fd| set_option(fd.as_fd(), PACKET_VNET_HDR_SZ, size))
+    }
+
+    fn set_guest_offloads(&self, _offloads: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_mtu(&self, mtu: u16) -> io::Result<()> {
+        self.interfaces.set_mtu(&self.name, mtu)
+    }
+}

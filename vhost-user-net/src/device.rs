@@ -1,0 +1,157 @@
+//! The device: what it offers, and how its queues map to workers.
+//!
+//! Queue pair `n` is queues `2n` (receive) and `2n + 1` (transmit), served by worker `n`. The control
+//! queue, where the front end leaves it to us, is worker 0's.
+
+use std::sync::Arc;
+
+use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
+use outboard_common::vhost_user::backend_channel::BackendChannel;
+use outboard_common::worker::EventLoop;
+use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
+use virtio_bindings::virtio_net as v;
+
+use crate::config::{S_ANNOUNCE, S_LINK_UP};
+use crate::control::MacAddr;
+use crate::shared::Shared;
+use crate::worker::NetWorker;
+
+/// Features that need nothing of the back end.
+const OWN_FEATURES: u64 = 1 << v::VIRTIO_NET_F_MRG_RXBUF
+    | 1 << v::VIRTIO_NET_F_STATUS
+    | 1 << v::VIRTIO_NET_F_CTRL_VQ
+    | 1 << v::VIRTIO_NET_F_CTRL_RX
+    | 1 << v::VIRTIO_NET_F_CTRL_RX_EXTRA
+    | 1 << v::VIRTIO_NET_F_CTRL_VLAN
+    | 1 << v::VIRTIO_NET_F_GUEST_ANNOUNCE;
+
+/// One virtio-net device.
+#[derive(Debug)]
+pub struct NetDevice {
+    shared: Arc<Shared>,
+    features: u64,
+}
+
+/// Which of the optional features a device has.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Offers {
+    /// VIRTIO_NET_F_MAC: the address is ours to give.
+    pub mac: bool,
+    /// VIRTIO_NET_F_CTRL_MAC_ADDR: and the driver may change it.
+    pub mac_change: bool,
+    /// VIRTIO_NET_F_MTU.
+    pub mtu: bool,
+    /// VIRTIO_NET_F_SPEED_DUPLEX.
+    pub speed: bool,
+}
+
+impl NetDevice {
+    /// A device around `shared`.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>, offers: Offers) -> Self {
+        let mut features = RING_FEATURES | OWN_FEATURES | shared.backend.features();
+        for (on, bit) in [
+            (offers.mac, v::VIRTIO_NET_F_MAC),
+            (offers.mac_change, v::VIRTIO_NET_F_CTRL_MAC_ADDR),
+            (offers.mtu, v::VIRTIO_NET_F_MTU),
+            (offers.speed, v::VIRTIO_NET_F_SPEED_DUPLEX),
+            (shared.max_pairs() > 1, v::VIRTIO_NET_F_MQ),
+        ] {
+            if on {
+                features |= 1 << bit;
+            }
+        }
+        Self { shared, features }
+    }
+
+    /// Plugs or unplugs the cable, at both ends.
+    pub fn set_link(&self, up: bool) -> std::io::Result<()> {
+        self.shared.backend.set_link(up)?;
+        self.shared.change_config(|config| config.set_status(S_LINK_UP, up));
+        Ok(())
+    }
+
+    /// Changes the MTU, at both ends.
+    pub fn set_link_mtu(&self, mtu: u16) -> std::io::Result<()> {
+        self.shared.backend.set_mtu(mtu)?;
+        self.shared.change_config(|config| config.set_mtu(mtu));
+        Ok(())
+    }
+
+    /// Asks the driver to announce itself to the network.
+    pub fn ask_to_announce(&self) {
+        if self.shared.has_feature(v::VIRTIO_NET_F_GUEST_ANNOUNCE) {
+            self.shared.change_config(|config| {
+                config.set_status(S_ANNOUNCE, true);
+                true
+            });
+        }
+    }
+
+    /// What workers share.
+    #[must_use]
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl Device for NetDevice {
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn queue_count(&self) -> u16 {
+        // Pairs and the control queue: QEMU compares this with pairs, others with queues.
+        self.shared.max_pairs().saturating_mul(2).saturating_add(1)
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn protocol_features(&self) -> u64 {
+        (P::RARP | P::MTU).bits()
+    }
+
+    fn negotiated(&self, features: u64) {
+        self.shared.negotiated(features);
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        self.shared.read_config(offset, out);
+    }
+
+    fn worker_of(&self, queue: u16) -> usize {
+        if self.shared.control_queue() == Some(queue) { 0 } else { usize::from(queue / 2) }
+    }
+
+    fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
+        let pair = u16::try_from(worker)?;
+        let worker = NetWorker::new(self.shared.clone(), pair)?;
+        let event_loop = EventLoop::new(worker)?;
+        Ok(Box::new(move |control| event_loop.run(control)))
+    }
+
+    fn set_channel(&self, channel: Option<Arc<BackendChannel>>) {
+        self.shared.set_channel(channel);
+    }
+
+    fn reset(&self) {
+        self.shared.reset();
+    }
+
+    fn set_mtu(&self, mtu: u16) -> bool {
+        // The front end tells what it gave the guest; frames up to that size must pass.
+        let result = self.shared.backend.set_mtu(mtu);
+        if let Err(error) = &result {
+            tracing::warn!(device = %self.shared.name, mtu, %error, "the back end cannot have this MTU");
+            return false;
+        }
+        self.shared.change_config(|config| config.set_mtu(mtu));
+        true
+    }
+
+    fn send_rarp(&self, mac: [u8; 6]) -> bool {
+        crate::announce::announce(self.shared.backend.as_ref(), &self.shared, MacAddr(mac))
+    }
+}

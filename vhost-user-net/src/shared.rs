@@ -1,0 +1,262 @@
+//! What a device's session thread, its workers and its operator share.
+//!
+//! Everything here is changed rarely. Workers look at one atomic number per batch and take copies
+//! when it moved.
+
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use outboard_common::metrics::{Counter, DeviceMetrics};
+use outboard_common::rate_limiter::RateLimiter;
+use outboard_common::vhost_user::backend_channel::BackendChannel;
+use virtio_bindings::virtio_net as v;
+
+use crate::backend::Backend;
+use crate::capture::Capture;
+use crate::config::NetConfig;
+use crate::control::{GUEST_OFFLOADS, RxFilter};
+use crate::filter::SourceFilter;
+
+/// What one queue pair counts beyond the engine's counters.
+#[derive(Debug, Clone, Default)]
+pub struct PairMetrics {
+    /// Frames dropped because their header or length lies.
+    pub tx_malformed: Arc<Counter>,
+    /// Frames dropped because their source is not the guest's.
+    pub tx_spoofed: Arc<Counter>,
+    /// Frames that the back end refused, or had no room for.
+    pub tx_failed: Arc<Counter>,
+    /// Frames sent.
+    pub tx_frames: Arc<Counter>,
+    /// Frames received.
+    pub rx_frames: Arc<Counter>,
+    /// Received frames that the driver does not want.
+    pub rx_filtered: Arc<Counter>,
+    /// Received frames that no buffers of the guest can hold.
+    pub rx_dropped: Arc<Counter>,
+}
+
+impl PairMetrics {
+    /// The counters of queue pair `pair`, in a registry's `device`.
+    #[must_use]
+    pub fn new(device: &DeviceMetrics, pair: u16) -> Self {
+        let (rx, tx) = (Some(pair.saturating_mul(2)), Some(pair.saturating_mul(2) + 1));
+        let c = |name, help, queue| device.counter(name, help, queue);
+        Self {
+            tx_malformed: c("net_tx_malformed_total", "Frames dropped for a lying header.", tx),
+            tx_spoofed: c("net_tx_spoofed_total", "Frames dropped for a forged source.", tx),
+            tx_failed: c("net_tx_failed_total", "Frames that the back end did not take.", tx),
+            tx_frames: c("net_tx_frames_total", "Frames sent.", tx),
+            rx_frames: c("net_rx_frames_total", "Frames received.", rx),
+            rx_filtered: c("net_rx_filtered_total", "Frames the driver did not want.", rx),
+            rx_dropped: c("net_rx_dropped_total", "Frames that fitted no guest buffers.", rx),
+        }
+    }
+}
+
+/// The state shared by everything that serves one device.
+#[derive(Debug)]
+pub struct Shared {
+    /// The device's name in logs.
+    pub name: String,
+    /// Where frames go to and come from.
+    pub backend: Arc<dyn Backend>,
+    /// Which sources the guest may send from.
+    pub source: SourceFilter,
+    /// Limits, by direction: `Read` is towards the guest.
+    pub limiter: RateLimiter,
+    /// Where frames are recorded.
+    pub capture: Option<Capture>,
+    /// Counters, by queue pair.
+    pub metrics: Vec<PairMetrics>,
+    /// Write frames with plain system calls.
+    pub plain_io: bool,
+    features: AtomicU64,
+    /// `max_virtqueue_pairs`.
+    max_pairs: u16,
+    /// Pairs that the driver uses, by CTRL_MQ.
+    pairs: AtomicU16,
+    /// Whether the control queue is served here, and not by the VMM.
+    has_control: AtomicBool,
+    config: Mutex<NetConfig>,
+    channel: Mutex<Option<Arc<BackendChannel>>>,
+    rx_filter: Mutex<Arc<RxFilter>>,
+    generation: AtomicU32,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change is complete at each step, so a panicking holder harms nothing.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What [`Shared::new`] is made from.
+#[derive(Debug)]
+pub struct SharedParts {
+    /// The device's name in logs.
+    pub name: String,
+    /// Where frames go to and come from.
+    pub backend: Arc<dyn Backend>,
+    /// Which sources the guest may send from.
+    pub source: SourceFilter,
+    /// Limits.
+    pub limiter: RateLimiter,
+    /// Where frames are recorded.
+    pub capture: Option<Capture>,
+    /// Counters, by queue pair.
+    pub metrics: Vec<PairMetrics>,
+    /// Write frames with plain system calls.
+    pub plain_io: bool,
+    /// Configuration space.
+    pub config: NetConfig,
+}
+
+impl Shared {
+    /// The state of a device that no guest uses yet.
+    #[must_use]
+    pub fn new(parts: SharedParts) -> Self {
+        let max_pairs = parts.backend.pairs();
+        Self {
+            name: parts.name,
+            backend: parts.backend,
+            source: parts.source,
+            limiter: parts.limiter,
+            capture: parts.capture,
+            metrics: parts.metrics,
+            plain_io: parts.plain_io,
+            features: AtomicU64::new(0),
+            max_pairs,
+            pairs: AtomicU16::new(max_pairs),
+            has_control: AtomicBool::new(false),
+            config: Mutex::new(parts.config),
+            channel: Mutex::default(),
+            rx_filter: Mutex::new(Arc::new(RxFilter::everything())),
+            generation: AtomicU32::new(0),
+        }
+    }
+
+    /// The negotiated features.
+    pub fn features(&self) -> u64 {
+        self.features.load(Ordering::Acquire)
+    }
+
+    /// Whether feature `bit` was negotiated.
+    pub fn has_feature(&self, bit: u32) -> bool {
+        self.features() & (1 << bit) != 0
+    }
+
+    /// `max_virtqueue_pairs`.
+    pub fn max_pairs(&self) -> u16 {
+        self.max_pairs
+    }
+
+    /// The driver's choice of features: takes effect on the back end too.
+    pub fn negotiated(&self, features: u64) {
+        self.features.store(features, Ordering::Release);
+        let header = crate::header::header_size(features);
+        if let Err(error) = self.backend.set_header_size(header) {
+            tracing::error!(device = %self.name, header, %error, "the back end cannot use this header");
+        }
+        self.set_guest_offloads(features & GUEST_OFFLOADS);
+    }
+
+    /// Tells the back end which offloads the guest takes; false if it refuses.
+    pub fn set_guest_offloads(&self, offloads: u64) -> bool {
+        let result = self.backend.set_guest_offloads(offloads);
+        if let Err(error) = &result {
+            tracing::error!(device = %self.name, offloads, %error, "the back end refuses these offloads");
+        }
+        result.is_ok()
+    }
+
+    /// Which queue is the control queue. Virtio 1.3, 5.1.2.
+    pub fn control_queue(&self) -> Option<u16> {
+        if !self.has_feature(v::VIRTIO_NET_F_CTRL_VQ) {
+            return None;
+        }
+        let many = self.has_feature(v::VIRTIO_NET_F_MQ);
+        Some(if many { self.max_pairs.saturating_mul(2) } else { 2 })
+    }
+
+    /// The control queue is served here (or no more).
+    pub fn set_control(&self, here: bool) {
+        self.has_control.store(here, Ordering::Release);
+        if here {
+            let mut mac = [0; 6];
+            lock(&self.config).read(0, &mut mac);
+            let mac = Some(crate::control::MacAddr(mac)).filter(|m| m.is_station());
+            self.set_rx_filter(RxFilter::for_station(mac, self.features()));
+            if self.has_feature(v::VIRTIO_NET_F_MQ) {
+                self.set_pairs(1);
+            }
+        } else {
+            self.set_rx_filter(RxFilter::everything());
+            self.set_pairs(self.max_pairs);
+        }
+    }
+
+    /// Takes `pairs` queue pairs into use, and the others out of it.
+    pub fn set_pairs(&self, pairs: u16) {
+        self.pairs.store(pairs, Ordering::Release);
+        for pair in 0..self.max_pairs {
+            self.backend.set_pair_running(pair, pair < pairs);
+        }
+    }
+
+    /// Whether the driver uses `pair` (as far as it told us).
+    pub fn uses_pair(&self, pair: u16) -> bool {
+        pair < self.pairs.load(Ordering::Acquire)
+    }
+
+    /// The receive filter, for change.
+    pub fn rx_filter(&self) -> Arc<RxFilter> {
+        lock(&self.rx_filter).clone()
+    }
+
+    /// Puts another receive filter in force.
+    pub fn set_rx_filter(&self, filter: RxFilter) {
+        *lock(&self.rx_filter) = Arc::new(filter);
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Changes with everything that workers keep a copy of.
+    #[inline]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Reads configuration space.
+    pub fn read_config(&self, offset: u32, out: &mut [u8]) {
+        lock(&self.config).read(offset, out);
+    }
+
+    /// Changes configuration space; tells the driver when `change` says true.
+    pub fn change_config(&self, change: impl FnOnce(&mut NetConfig) -> bool) {
+        let changed = change(&mut lock(&self.config));
+        if !changed {
+            return;
+        }
+        let channel = lock(&self.channel).clone();
+        let Some(channel) = channel else { return };
+        if let Err(error) = channel.config_changed() {
+            tracing::debug!(device = %self.name, %error, "the front end does not hear of the change");
+        }
+    }
+
+    /// The channel to the front end came or went.
+    pub fn set_channel(&self, channel: Option<Arc<BackendChannel>>) {
+        *lock(&self.channel) = channel;
+    }
+
+    /// The guest is gone.
+    pub fn reset(&self) {
+        self.features.store(0, Ordering::Release);
+        self.set_control(false);
+        self.change_config(|config| {
+            config.set_status(crate::config::S_ANNOUNCE, false);
+            false
+        });
+        for pair in 0..self.max_pairs {
+            self.backend.set_pair_running(pair, false);
+        }
+    }
+}

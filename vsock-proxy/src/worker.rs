@@ -1,0 +1,184 @@
+//! The worker of one guest: queues and descriptors to the mux, and back.
+//!
+//! Connections outlive a stop of the queues, since a VMM stops them for a pause too. Whether the guest
+//! went on or began anew is seen from where its queue starts again.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use epoll::Events;
+use outboard_common::ring::Chain;
+use outboard_common::worker::{Context, Progress, QueueHandler};
+
+use crate::device::{EVENT_QUEUE, Listeners, RX_QUEUE, TX_QUEUE};
+use crate::host::accept;
+use crate::mux::Mux;
+
+/// Tokens of the worker's own descriptors; those of connections are below.
+const TOKEN_OWN: u64 = 1 << 60;
+const TOKEN_CALLS: u64 = TOKEN_OWN | 0xffff;
+/// Packets taken from the guest before others have their turn.
+const TX_BUDGET: u32 = 128;
+/// Clients accepted before others have their turn.
+const ACCEPT_BUDGET: u32 = 64;
+/// How long to wait when the system is out of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Where a queue of a new driver starts: split rings, packed rings.
+const FRESH_BASES: [u16; 2] = [0, 0x8000];
+
+/// What one guest's thread works on.
+#[derive(Debug)]
+pub(crate) struct VsockWorker {
+    mux: Mux,
+    listeners: Arc<Listeners>,
+    restored: Arc<AtomicBool>,
+    chain: Chain,
+    /// Where the receive queue stopped.
+    rx_base: Option<u16>,
+    /// When to accept again: more clients wait than were taken, or there were no descriptors.
+    accept_again: Option<Instant>,
+}
+
+impl VsockWorker {
+    pub(crate) fn new(mux: Mux, listeners: Arc<Listeners>, restored: Arc<AtomicBool>) -> Self {
+        Self { mux, listeners, restored, chain: Chain::new(), rx_base: None, accept_again: None }
+    }
+
+    /// Has the timer run out at the first deadline there is.
+    fn set_timer(&mut self, cx: &mut Context) {
+        let deadline = self.mux.next_deadline();
+        cx.set_timer(deadline.into_iter().chain(self.accept_again).min());
+    }
+
+    /// Takes the clients of listener `n`, Unix sockets first.
+    fn accept(&mut self, n: usize, cx: &mut Context) {
+        let listeners = self.listeners.clone();
+        let unix = listeners.unix.get(n);
+        let vsock = listeners.vsock.get(n.wrapping_sub(listeners.unix.len()));
+        let Some(fd) = unix.map(|l| &l.fd).or(vsock.map(|(_, fd)| fd)) else { return };
+        for _ in 0..ACCEPT_BUDGET {
+            match (accept(fd), unix, vsock) {
+                (Ok(Some(client)), Some(listener), _) => {
+                    self.mux.on_client(client, listener.socket_type, cx);
+                }
+                (Ok(Some(client)), None, Some((port, _))) => {
+                    self.mux.on_forwarded_client(client, *port, cx);
+                }
+                (Ok(_), ..) => return,
+                (Err(error), ..) => {
+                    tracing::warn!(%error, "cannot take a client now");
+                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+                    return;
+                }
+            }
+        }
+        // There may be more, of which no new event tells.
+        self.accept_again = Some(Instant::now());
+    }
+
+    fn accept_all(&mut self, cx: &mut Context) {
+        for n in 0..self.listeners.unix.len() + self.listeners.vsock.len() {
+            self.accept(n, cx);
+        }
+    }
+
+    /// Takes packets from the guest. The receive queue may be full meanwhile; nothing here waits for it.
+    fn transmit(&mut self, cx: &mut Context) -> Progress {
+        for _ in 0..TX_BUDGET {
+            let Some(queue) = cx.queues.get(TX_QUEUE) else { return Progress::Emptied };
+            if !queue.pop(&mut self.chain) {
+                return Progress::Emptied;
+            }
+            queue.metrics().bytes_read.add(self.chain.readable.len() as u64);
+            self.mux.on_packet(&mut self.chain.readable, cx);
+            if let Some(queue) = cx.queues.get(TX_QUEUE) {
+                queue.push(&mut self.chain, 0);
+            }
+        }
+        Progress::More
+    }
+
+    /// The receive queue starts: is it the guest that we know?
+    fn on_receive_start(&mut self, base: u16, cx: &Context) {
+        let restored = self.restored.swap(false, Ordering::AcqRel);
+        let goes_on = self.rx_base == Some(base) && !restored;
+        if goes_on {
+            return;
+        }
+        self.mux.forget_guest(cx);
+        if restored || !FRESH_BASES.contains(&base) {
+            // A guest that was running, with connections that we know nothing of.
+            self.mux.want_reset_event();
+        }
+    }
+}
+
+impl QueueHandler for VsockWorker {
+    fn on_init(&mut self, cx: &mut Context) -> io::Result<()> {
+        let events = Events::EPOLLIN | Events::EPOLLET;
+        let listeners = self.listeners.clone();
+        let unix = listeners.unix.iter().map(|l| l.fd.as_raw_fd());
+        let vsock = listeners.vsock.iter().map(|(_, fd)| fd.as_raw_fd());
+        for (token, fd) in (TOKEN_OWN..).zip(unix.chain(vsock)) {
+            cx.watch(fd, events, token)?;
+        }
+        cx.watch(self.mux.calls_fd(), events, TOKEN_CALLS)
+    }
+
+    fn on_start(&mut self, index: u16, cx: &mut Context) {
+        if let (RX_QUEUE, Some(queue)) = (index, cx.queues.get(RX_QUEUE)) {
+            let base = queue.next_avail();
+            self.on_receive_start(base, cx);
+        }
+        self.mux.send_reset_event(EVENT_QUEUE, cx);
+    }
+
+    fn on_stop(&mut self, index: u16, cx: &mut Context) {
+        if let (RX_QUEUE, Some(queue)) = (index, cx.queues.get(RX_QUEUE)) {
+            self.rx_base = Some(queue.next_avail());
+        }
+    }
+
+    fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
+        let progress = match index {
+            TX_QUEUE => {
+                let progress = self.transmit(cx);
+                self.mux.pump(cx);
+                progress
+            }
+            RX_QUEUE => {
+                self.mux.pump(cx);
+                Progress::Waiting
+            }
+            _ => {
+                self.mux.send_reset_event(EVENT_QUEUE, cx);
+                Progress::Waiting
+            }
+        };
+        self.set_timer(cx);
+        progress
+    }
+
+    fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
+        if token == TOKEN_CALLS {
+            self.mux.on_calls(cx);
+        } else if token & TOKEN_OWN != 0 {
+            self.accept(usize::try_from(token & !TOKEN_OWN).unwrap_or(usize::MAX), cx);
+        } else {
+            self.mux.on_event(token, events, cx);
+        }
+        self.set_timer(cx);
+    }
+
+    fn on_timer(&mut self, cx: &mut Context) {
+        if self.accept_again.is_some_and(|at| at <= Instant::now()) {
+            self.accept_again = None;
+            self.accept_all(cx);
+        }
+        self.mux.on_timer(cx);
+        self.set_timer(cx);
+    }
+}
