@@ -387,7 +387,7 @@ impl VsockGuest {
         self.ram.write(addr, &Packet { len, payload: Vec::new(), ..packet.clone() }.header());
         let end = HEADER as u64;
         let buffers =
-            [Buffer::readable(addr, HEADER as u32), Buffer::readable(addr + end, len)];
+            [Buffer::readable(addr, u32::try_from(HEADER)?), Buffer::readable(addr + end, len)];
         self.send_buffers(if len == 0 { &buffers[..1] } else { &buffers }, slot, false)
     }
 
