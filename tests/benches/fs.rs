@@ -147,15 +147,11 @@ const CASES: &[Case] = &[
     Case { name: "readdir 10k", count: 30, run: |c, _, n| list(c, n) },
 ];
 
-fn pin(command: &mut Command) -> Command {
-    let mut pinned = Command::new("taskset");
-    pinned.args(["-c", "0"]).arg(command.get_program()).args(command.get_args());
-    for (key, value) in command.get_envs() {
-        if let Some(value) = value {
-            pinned.env(key, value);
-        }
-    }
-    pinned
+/// Puts this process, and what it starts from now on, on CPU `cpu`.
+fn pin(cpu: usize) -> Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("pin to CPU {cpu}"))
 }
 
 fn start(root: &ToolRoot, who: &Contestant, dir: &Path, shared: &Path) -> Result<Daemon> {
@@ -167,7 +163,10 @@ fn start(root: &ToolRoot, who: &Contestant, dir: &Path, shared: &Path) -> Result
         .arg(format!("--shared-dir={}", shared.display()))
         .args(["--sandbox=none", "--log-level=error"])
         .args(who.arguments);
-    Daemon::start_command(who.name, pin(&mut command), &socket)
+    pin(0)?;
+    let daemon = Daemon::start_command(who.name, command, &socket);
+    pin(1)?;
+    daemon
 }
 
 /// CPU time of all threads that run, nanoseconds.
@@ -223,9 +222,6 @@ fn main() -> Result<()> {
         })
         .collect();
     let Some(root) = ToolRoot::for_test() else { return Ok(()) };
-    let mut own = rustix::thread::CpuSet::new();
-    own.set(1);
-    rustix::thread::sched_setaffinity(None, &own).context("pin the client to CPU 1")?;
     let dir = tempfile::Builder::new().prefix("outboard-bench-").tempdir_in("/dev/shm")?;
     let shared: PathBuf = dir.path().join("shared");
     prepare(&shared)?;
@@ -234,12 +230,12 @@ fn main() -> Result<()> {
     let mut rate = cpu.clone();
     for _ in 0..ROUNDS {
         for (who, contestant) in CONTESTANTS.iter().enumerate() {
-            let mut daemon = start(root, contestant, dir.path(), &shared)?;
+            let daemon = start(root, contestant, dir.path(), &shared)?;
             for (case, (us, ops)) in measure(&daemon, &cases)?.into_iter().enumerate() {
                 cpu[who][case].push(us);
                 rate[who][case].push(ops);
             }
-            daemon.kill()?;
+            drop(daemon);
             std::thread::sleep(Duration::from_millis(20));
         }
     }
