@@ -18,7 +18,7 @@ use testkit::daemon::{Daemon, bin};
 use testkit::driver::fs::{FsClient, Message, op};
 use testkit::toolroot::ToolRoot;
 
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 const FILE_BYTES: u64 = 64 << 20;
 const ENTRIES: usize = 10_000;
 
@@ -133,14 +133,14 @@ fn last_offset(mut entries: &[u8]) -> Result<u64> {
 }
 
 const CASES: &[Case] = &[
-    Case { name: "getattr", count: 40_000, run: |c, f, n| getattr(c, f, n, 1) },
-    Case { name: "getattr x16", count: 80_000, run: |c, f, n| getattr(c, f, n, 16) },
-    Case { name: "lookup", count: 40_000, run: |c, _, n| lookup(c, n, 1) },
-    Case { name: "lookup x16", count: 80_000, run: |c, _, n| lookup(c, n, 16) },
-    Case { name: "read 4k", count: 40_000, run: |c, f, n| read(c, f, n, 1, 4096) },
-    Case { name: "read 4k x16", count: 80_000, run: |c, f, n| read(c, f, n, 16, 4096) },
-    Case { name: "write 4k", count: 20_000, run: |c, f, n| write(c, f, n, 1, 4096) },
-    Case { name: "write 4k x16", count: 40_000, run: |c, f, n| write(c, f, n, 16, 4096) },
+    Case { name: "getattr", count: 10_000, run: |c, f, n| getattr(c, f, n, 1) },
+    Case { name: "getattr x16", count: 30_000, run: |c, f, n| getattr(c, f, n, 16) },
+    Case { name: "lookup", count: 10_000, run: |c, _, n| lookup(c, n, 1) },
+    Case { name: "lookup x16", count: 30_000, run: |c, _, n| lookup(c, n, 16) },
+    Case { name: "read 4k", count: 10_000, run: |c, f, n| read(c, f, n, 1, 4096) },
+    Case { name: "read 4k x16", count: 30_000, run: |c, f, n| read(c, f, n, 16, 4096) },
+    Case { name: "write 4k", count: 8_000, run: |c, f, n| write(c, f, n, 1, 4096) },
+    Case { name: "write 4k x16", count: 10_000, run: |c, f, n| write(c, f, n, 16, 4096) },
     Case { name: "read 1M", count: 1500, run: |c, f, n| read(c, f, n, 4, 1 << 20) },
     Case { name: "write 1M", count: 500, run: |c, f, n| write(c, f, n, 4, 1 << 20) },
     Case { name: "create+unlink", count: 4000, run: |c, _, n| create_unlink(c, n) },
