@@ -1,6 +1,8 @@
 //! The session is a value: it can be saved while a guest is working, and another process's engine
 //! goes on with it; the front end notices a pause and nothing else.
 
+#![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
+
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;

@@ -291,7 +291,7 @@ fn closing_with_unsent_data_delivers_it_and_ends() {
     let mut guest = host.guest(VsockOptions::default()).unwrap();
     let (mut stream, mut theirs) = host.serve(&mut guest, 1025, 80).unwrap();
     // Until the host's socket is full and the rest waits in the proxy.
-    let mut sent = Vec::new();
+    let mut sent: Vec<u8> = Vec::new();
     while theirs.credit() > 0 && sent.len() < 4 << 20 {
         let chunk = pattern((theirs.credit() as usize).min(TX_ROOM), 1);
         let packet = theirs.data(&chunk);
@@ -555,7 +555,7 @@ fn seqpacket_keeps_messages_apart() {
     for len in [1, 3000, 100_000, 5, 4052, 4053] {
         let message = pattern(len, 5);
         send(&client, &message, SendFlags::empty()).unwrap();
-        let mut got = Vec::new();
+        let mut got: Vec<u8> = Vec::new();
         loop {
             let packet = guest.expect(op::RW).unwrap();
             theirs.see(&packet);

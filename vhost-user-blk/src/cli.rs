@@ -6,7 +6,8 @@ use clap::{Args, Parser, ValueEnum};
 use outboard_common::capabilities::Capabilities;
 use outboard_common::cli::values::Size;
 use outboard_common::cli::{
-    CapabilitiesArgs, ControlArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs, WorkerArgs,
+    CapabilitiesArgs, ControlArgs, HandoverArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs,
+    WorkerArgs,
 };
 use outboard_common::rate_limiter::Limit;
 
@@ -45,6 +46,9 @@ pub struct BlkArgs {
     /// Control.
     #[command(flatten)]
     pub control: ControlArgs,
+    /// Handing sessions over.
+    #[command(flatten)]
+    pub handover: HandoverArgs,
     /// Sandbox.
     #[command(flatten)]
     pub sandbox: SandboxArgs,

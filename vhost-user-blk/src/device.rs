@@ -317,6 +317,24 @@ impl Device for BlkDevice {
         }
     }
 
+    fn save(&self, to: &mut dyn std::io::Write) -> anyhow::Result<()> {
+        to.write_all(&[u8::from(self.state().writeback)]).context("saving the cache mode")
+    }
+
+    fn load(&self, from: &mut dyn std::io::Read) -> anyhow::Result<()> {
+        let mut saved = [0];
+        from.read_exact(&mut saved).context("loading the cache mode")?;
+        let writeback = match saved {
+            [0] => false,
+            [1] => true,
+            [other] => anyhow::bail!("{other} is no cache mode"),
+        };
+        let mut state = self.state();
+        state.writeback = writeback;
+        self.update_write_mode(&state);
+        Ok(())
+    }
+
     fn reset(&self) {
         let mut state = self.state();
         state.features = 0;

@@ -29,6 +29,7 @@ use anyhow::Context as _;
 use outboard_common::admin::AdminSockets;
 use outboard_common::cli::SocketChoice;
 use outboard_common::daemon::{self, Endpoint, RunOptions};
+use outboard_common::handover::{Handover, TakenOver};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
 use outboard_common::transport::Transport;
@@ -64,8 +65,48 @@ fn socket_paths(args: &BlkArgs, disks: &[Disk]) -> Vec<PathBuf> {
         SocketChoice::Listen(path) | SocketChoice::Dial(path) => Some(path),
         SocketChoice::Inherited(_) => None,
     });
-    let admin = [&args.metrics.metrics_socket, &args.control.control_socket];
+    let admin = [
+        &args.metrics.metrics_socket,
+        &args.control.control_socket,
+        &args.handover.handover_socket,
+    ];
     disks.chain(admin.into_iter().flatten()).cloned().collect()
+}
+
+/// The endpoints of `disks`: sockets made here, or taken over with their sessions.
+fn endpoints(
+    args: &BlkArgs,
+    disks: &[Disk],
+    devices: &[Arc<BlkDevice>],
+    mut taken: TakenOver,
+    registry: &Registry,
+) -> anyhow::Result<Vec<Endpoint>> {
+    let options = SessionOptions::new(&args.socket, &args.worker);
+    let mut endpoints = Vec::new();
+    for (disk, device) in disks.iter().zip(devices) {
+        let name = &disk.device.name;
+        let path = match &disk.socket {
+            SocketChoice::Listen(path) => Some(path.clone()),
+            _ => None,
+        };
+        let transport = match taken.transport(name, path) {
+            Some(transport) => transport,
+            None => Transport::open(&disk.socket)?,
+        };
+        let mut endpoint =
+            Endpoint::new(device.clone(), transport, options.clone()).counted_in(registry);
+        endpoint.inherited = taken.session(name);
+        endpoints.push(endpoint);
+    }
+    Ok(endpoints)
+}
+
+/// Fails with advice when there is no io_uring here.
+fn check_io_uring() -> anyhow::Result<()> {
+    io_uring::IoUring::new(2).context(
+        "this system gives us no io_uring; it needs Linux 5.19 and kernel.io_uring_disabled=0",
+    )?;
+    Ok(())
 }
 
 /// Serves what `args` ask for until it is told to leave. The start-up order of the house: arguments →
@@ -76,34 +117,29 @@ fn socket_paths(args: &BlkArgs, disks: &[Disk]) -> Vec<PathBuf> {
 pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     let disks = config::disks(args)?;
     logging::init(&args.log, "vhost-user-blk")?;
+    check_io_uring()?;
+    let handover_socket = args.handover.handover_socket.as_deref();
+    let taken = handover_socket.map(TakenOver::from).transpose()?.unwrap_or_default();
+
     let audience = Arc::new(Audience::default());
     let devices = disks
         .iter()
         .map(|disk| open_device(disk, &audience))
         .collect::<anyhow::Result<Vec<Arc<BlkDevice>>>>()?;
-    io_uring::IoUring::new(2).context(
-        "this system gives us no io_uring; it needs Linux 5.19 and kernel.io_uring_disabled=0",
-    )?;
 
     let registry = Arc::new(Registry::new("vhost-user-blk"));
-    let options = SessionOptions::new(&args.socket, &args.worker);
-    let mut endpoints = Vec::new();
-    for (disk, device) in disks.iter().zip(&devices) {
-        let transport = Transport::open(&disk.socket)?;
-        let endpoint = Endpoint::new(device.clone(), transport, options.clone());
-        endpoints.push(endpoint.counted_in(&registry));
-    }
-    let admin = AdminSockets::bind(
-        args.metrics.metrics_socket.as_deref(),
-        args.control.control_socket.as_deref(),
-    )?;
+    let endpoints = endpoints(args, &disks, &devices, taken, &registry)?;
+    let handover = handover_socket.map(Handover::listen).transpose()?;
+    let (metrics, control) = (&args.metrics.metrics_socket, &args.control.control_socket);
+    let admin = AdminSockets::bind(metrics.as_deref(), control.as_deref())?;
 
     seccomp::close(&args.sandbox, &socket_paths(args, &disks))
         .context("cannot close the sandbox")?;
+
     let admin = admin.serve(registry, Arc::new(BlkControl::new(devices.clone())))?;
     resize::watch(devices.clone(), audience).context("thread for sizes")?;
     let reload = Some(Box::new(move || resize::check(&devices)) as daemon::Reload);
-    let served = daemon::run(endpoints, RunOptions { reload, ..RunOptions::default() });
+    let served = daemon::run(endpoints, RunOptions { reload, handover });
     if let Some(admin) = admin {
         admin.join();
     }

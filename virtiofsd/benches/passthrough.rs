@@ -51,6 +51,7 @@ fn share(
     Ok(fs)
 }
 
+#[allow(clippy::too_many_lines, reason = "a list of measurements, one after another")]
 fn run(parent: &str, mode: InodeFileHandles) -> Result<(), Box<dyn Error>> {
     let dir = tempfile::TempDir::new_in(parent)?;
     let ctx = Context { uid: 0, gid: 0, pid: 1 };

@@ -1,5 +1,6 @@
 //! Many files cost little: fds stay few and memory small however many inodes the guest knows.
 //! `OUTBOARD_SCALE_FILES` sets how many (default 50,000; the promise is about a million).
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs::File;
 

@@ -5,11 +5,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{IoSlice, IoSliceMut};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+
+use crate::sys::EventFd;
 
 use super::wire::{self, HEADER_SIZE, Header, MAX_FDS, WireError};
 
@@ -19,6 +22,9 @@ pub enum ReceiveError {
     /// The front end closed the socket, between messages or in one.
     #[error("the front end left")]
     Closed,
+    /// The daemon is to stop, and the front end had sent half a message.
+    #[error("interrupted in the middle of a message")]
+    Interrupted,
     /// What came is not the vhost-user protocol.
     #[error("not a vhost-user message: {0}")]
     Wire(#[from] WireError),
@@ -42,13 +48,35 @@ pub struct Message {
 #[derive(Debug)]
 pub struct Connection {
     socket: UnixStream,
+    /// Signalled when no front end may keep us waiting any more.
+    interrupt: Option<EventFd>,
 }
 
 impl Connection {
-    /// A connection over `socket`, which must be blocking.
+    /// A connection over `socket`.
     #[must_use]
     pub fn new(socket: UnixStream) -> Self {
-        Self { socket }
+        Self { socket, interrupt: None }
+    }
+
+    /// Gives up waiting for a slow front end, in the middle of a message too, once `interrupt` is
+    /// signalled.
+    pub fn set_interrupt(&mut self, interrupt: Option<EventFd>) {
+        self.interrupt = interrupt;
+    }
+
+    /// Waits until the socket is ready for `what`; an error when interrupted before.
+    fn wait(&self, what: PollFlags) -> io::Result<()> {
+        loop {
+            let mut fds = vec![PollFd::new(&self.socket, what)];
+            fds.extend(self.interrupt.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+            match poll(&mut fds, None) {
+                Ok(_) if !fds[0].revents().is_empty() => return Ok(()),
+                Ok(_) => return Err(io::ErrorKind::Interrupted.into()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
     }
 
     /// Waits for the next message.
@@ -72,13 +100,20 @@ impl Connection {
             let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let mut parts = [IoSliceMut::new(&mut out[done..])];
-            let result =
-                match recvmsg(&self.socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-                    Ok(result) => result,
-                    Err(rustix::io::Errno::INTR) => continue,
-                    Err(rustix::io::Errno::CONNRESET) => return Err(ReceiveError::Closed),
-                    Err(e) => return Err(ReceiveError::Io(e.into())),
-                };
+            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            let result = match recvmsg(&self.socket, &mut parts, &mut ancillary, flags) {
+                Ok(result) => result,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::AGAIN) => match self.wait(PollFlags::IN) {
+                    Ok(()) => continue,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+                        return Err(ReceiveError::Interrupted);
+                    }
+                    Err(e) => return Err(ReceiveError::Io(e)),
+                },
+                Err(rustix::io::Errno::CONNRESET) => return Err(ReceiveError::Closed),
+                Err(e) => return Err(ReceiveError::Io(e.into())),
+            };
             for message in ancillary.drain() {
                 if let RecvAncillaryMessage::ScmRights(received) = message {
                     fds.extend(received);
@@ -115,10 +150,14 @@ impl Connection {
                 &self.socket,
                 &[IoSlice::new(&bytes[done..])],
                 &mut ancillary,
-                SendFlags::NOSIGNAL,
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
             ) {
                 Ok(n) => done += n,
                 Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::AGAIN) => {
+                    self.wait(PollFlags::OUT)?;
+                    continue;
+                }
                 Err(e) => return Err(e.into()),
             }
             ancillary.clear();

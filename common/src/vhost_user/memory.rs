@@ -100,10 +100,14 @@ fn map_shared(
     size: u64,
     guest_addr: u64,
 ) -> Result<MmapRegion, MemoryError> {
-    let meta = file.metadata().map_err(|e| MemoryError::Map(e.to_string()))?;
+    // Not `File::metadata`: its statx is not on every daemon's list of system calls.
+    let stat = rustix::fs::fstat(&file).map_err(|e| MemoryError::Map(e.to_string()))?;
     let needed = offset.saturating_add(size);
-    if meta.is_file() && meta.len() < needed {
-        return Err(MemoryError::ShortFile { guest_addr, file_size: meta.len(), needed });
+    let file_size = u64::try_from(stat.st_size).unwrap_or(0);
+    let regular =
+        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile;
+    if regular && file_size < needed {
+        return Err(MemoryError::ShortFile { guest_addr, file_size, needed });
     }
     let size = usize::try_from(size).map_err(|e| MemoryError::Map(e.to_string()))?;
     MmapRegion::from_file(FileOffset::new(file, offset), size)

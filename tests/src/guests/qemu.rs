@@ -87,6 +87,20 @@ impl QemuGuest {
         self.device_arguments(socket, arguments)
     }
 
+    /// Adds a network card with several queue pairs.
+    #[must_use]
+    pub fn network(self, socket: impl AsRef<Path>, queue_pairs: u32) -> Self {
+        // A vector for each queue, one for the configuration and one for the control queue.
+        let vectors = 2 * queue_pairs + 2;
+        let arguments = [
+            "-netdev".to_owned(),
+            format!("vhost-user,id=net-@,chardev=@,queues={queue_pairs}"),
+            "-device".to_owned(),
+            format!("virtio-net-pci,netdev=net-@,mq=on,vectors={vectors}"),
+        ];
+        self.device_arguments(socket, arguments.to_vec())
+    }
+
     /// Adds a device by QEMU's own arguments; each `@` in them becomes the name of the character
     /// device that is connected to `socket`.
     #[must_use]

@@ -73,3 +73,19 @@ fn every_queue_has_a_worker_of_few() {
         assert!(device.worker_of(queue) < device.workers);
     }
 }
+
+#[test]
+fn the_cache_mode_goes_with_the_state() {
+    let old = device(true, false);
+    old.negotiated(FLUSH | WCE);
+    old.write_config(32, &[0]).unwrap();
+    let mut state = Vec::new();
+    old.save(&mut state).unwrap();
+    let new = device(true, false);
+    new.negotiated(FLUSH | WCE);
+    new.load(&mut state.as_slice()).unwrap();
+    assert!(new.shared().is_write_through());
+    assert!(new.load(&mut &[][..]).is_err());
+    assert!(new.load(&mut &[2][..]).is_err());
+    assert!(new.shared().is_write_through(), "a state that is refused changes nothing");
+}

@@ -125,10 +125,12 @@ impl PassthroughFs {
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             credentials::set_fsetid(true)?;
             self.set_owner(&target, attr, valid)?;
+            self.drop_moved_capability(target.as_fd())?;
         }
         if valid.contains(SetattrValid::SIZE) {
             credentials::set_fsetid(!kill)?;
             self.set_size(id, &target, attr.st_size)?;
+            self.drop_moved_capability(target.as_fd())?;
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
             set_times(&target, attr, valid)?;

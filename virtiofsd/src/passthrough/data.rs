@@ -326,6 +326,7 @@ impl PassthroughFs {
             }
         }
         credentials::set_fsetid(!(self.has(init::HANDLE_KILLPRIV_V2) && request.kill_suidgid))?;
+        self.drop_moved_capability(file.fd.as_fd())?;
         // SAFETY: as in `do_read`; the entries are only read.
         unsafe { sys::pwritev2(file.fd.as_fd(), data.as_slice(), request.offset, 0) }
     }
@@ -397,6 +398,7 @@ impl PassthroughFs {
         let offset = i64::try_from(offset).map_err(|_unfit| errno(libc::EINVAL))?;
         let len = i64::try_from(len).map_err(|_unfit| errno(libc::EINVAL))?;
         credentials::set_fsetid(!self.has(init::HANDLE_KILLPRIV_V2))?;
+        self.drop_moved_capability(file.fd.as_fd())?;
         sys::fallocate(file.fd.as_fd(), mode.cast_signed(), offset, len)
     }
 
@@ -410,6 +412,7 @@ impl PassthroughFs {
         let len = usize::try_from(range.len).unwrap_or(usize::MAX);
         let flags = u32::try_from(range.flags).map_err(|_unfit| errno(libc::EINVAL))?;
         credentials::set_fsetid(!self.has(init::HANDLE_KILLPRIV_V2))?;
+        self.drop_moved_capability(to.fd.as_fd())?;
         sys::copy_file_range(from.fd.as_fd(), from_offset, to.fd.as_fd(), to_offset, len, flags)
     }
 }

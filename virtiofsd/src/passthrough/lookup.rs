@@ -44,8 +44,10 @@ impl PassthroughFs {
         name: &CStr,
         mut stat: libc::statx,
     ) -> io::Result<Entry> {
-        let birth = birth_of(&stat);
-        let known = if birth == 0 { None } else { self.inodes.look_up(key_of(&stat), birth) };
+        let (key, birth) = (key_of(&stat), birth_of(&stat));
+        // A node that is held open has birth 0: its number cannot become another inode's.
+        let held = || self.inodes.look_up(key, 0);
+        let known = if birth == 0 { held() } else { self.inodes.look_up(key, birth).or_else(held) };
         let id = match known {
             Some(id) => id,
             None => self.adopt(parent, dir, name, &mut stat)?,
@@ -60,7 +62,8 @@ impl PassthroughFs {
             inode: id,
             generation: 0,
             attr: self.guest_stat(stat),
-            attr_flags: self.flags_of(id, type_of(stat)),
+            attr_flags: self.flags_of(id, type_of(stat))
+                | self.dax_flag(type_of(stat), stat.stx_size),
             attr_timeout: self.timeout,
             entry_timeout: self.timeout,
         }
@@ -232,15 +235,17 @@ fn open_path(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
 }
 
 /// What tells an inode from a later one with the same number: its birth time, or, where the file system
-/// keeps none, a digest of its handle. An inode that we hold open needs neither.
+/// keeps none, a digest of its handle. An inode that we hold open needs neither (and may change the
+/// first, when an overlay copies it up).
 pub(super) fn identity_birth(stat: &libc::statx, handle: &Handle) -> u64 {
-    match (birth_of(stat), handle.parts()) {
-        (0, Some((kind, bytes))) => {
+    let Some((kind, bytes)) = handle.parts() else { return 0 };
+    match birth_of(stat) {
+        0 => {
             let mut digest = std::hash::DefaultHasher::new();
             digest.write_i32(kind);
             digest.write(bytes);
             digest.finish() | (1 << 63)
         }
-        (birth, _) => birth,
+        birth => birth,
     }
 }

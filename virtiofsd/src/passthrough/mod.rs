@@ -23,6 +23,7 @@
 //! | [`attr`] | GETATTR, SETATTR, STATX, STATFS, ACCESS |
 //! | [`data`] | OPEN, CREATE, TMPFILE, READ, WRITE, FSYNC, LSEEK, FALLOCATE, COPY_FILE_RANGE |
 //! | [`dir`] | OPENDIR, READDIR, READDIRPLUS |
+//! | [`dax_ops`] | SETUPMAPPING, REMOVEMAPPING, and what else moves the end of a mapped file |
 //! | [`namespace`] | MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME, READLINK |
 //! | [`xattr`] | extended attributes, their mapping, labels |
 //! | [`locks`] | POSIX and BSD locks |
@@ -32,6 +33,7 @@ mod attr;
 pub mod config;
 mod credentials;
 mod data;
+mod dax_ops;
 mod dir;
 pub mod id_map;
 mod locks;
@@ -47,7 +49,7 @@ pub mod xattr_map;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,11 +62,16 @@ pub use config::{CachePolicy, Config, Demand, InodeFileHandles};
 use credentials::{ActingAs, Caller, OwnIds};
 use locks::Locks;
 use mounts::Mounts;
+use xattr_map::ClientName;
 
+use crate::dax::{self, Dax};
 use crate::fuse::extension::CreateContext;
 use crate::fuse::wire::init;
 use crate::handle_store::HandleStore;
 use crate::inode_store::{Handle, InodeStore, Key, NodeFd, NodeInfo};
+
+/// The attribute of file capabilities.
+const CAPABILITY: &CStr = c"security.capability";
 
 /// Why a directory cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -98,8 +105,12 @@ pub struct PassthroughFs {
     dirs: HandleStore<dir::OpenDir>,
     mounts: Mounts,
     locks: Locks,
+    dax: Option<Dax>,
     /// INIT flags that both sides switched on.
     negotiated: AtomicU64,
+    /// Where `--xattrmap` puts file capabilities, if it moves them: the host's kernel then does not
+    /// take them away from a file that changes.
+    moved_capability: Option<CString>,
 }
 
 /// The error of a bare errno; allocates nothing.
@@ -168,6 +179,10 @@ impl PassthroughFs {
         let key = key_of(&stat);
         let handle = mounts.acquire(root.as_fd(), c"", key).map_err(PassthroughError::NoHandles)?;
         tracing::debug!(handles = handle != Handle::None, "sharing device {:#x}", key.dev);
+        let dax = match config.dax.mode {
+            dax::Mode::Never => None,
+            _ => Some(Dax::new(config.dax).map_err(PassthroughError::Examine)?),
+        };
         let info = NodeInfo {
             key,
             birth_ns: birth_of(&stat),
@@ -175,6 +190,10 @@ impl PassthroughFs {
             submount: false,
             verified: true,
             handle: Handle::None,
+        };
+        let moved_capability = match config.xattr_map.as_ref().map(|map| map.client(CAPABILITY)) {
+            Some(Ok(ClientName::Renamed(name))) => Some(name),
+            _ => None,
         };
         Ok(Self {
             timeout: config.timeout(),
@@ -186,7 +205,9 @@ impl PassthroughFs {
             dirs: HandleStore::default(),
             mounts,
             locks: Locks::default(),
+            dax,
             negotiated: AtomicU64::new(0),
+            moved_capability,
         })
     }
 
@@ -217,6 +238,9 @@ impl PassthroughFs {
 
     /// The guest is new, or gone: forgets what it knew and closes what it had open.
     fn reset(&self) {
+        if let Some(dax) = &self.dax {
+            dax.forget_guest();
+        }
         self.locks.clear();
         self.files.clear();
         self.dirs.clear();

@@ -128,6 +128,28 @@ impl PassthroughFs {
         Ok(())
     }
 
+    /// The contents or the owner of `fd` change: takes away file capabilities that the host's kernel
+    /// does not know for such, as it would itself.
+    #[inline]
+    pub(super) fn drop_moved_capability(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        match &self.moved_capability {
+            None => Ok(()),
+            Some(name) => self.remove_if_there(fd, name),
+        }
+    }
+
+    #[cold]
+    fn remove_if_there(&self, fd: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+        self.prepare_thread()?;
+        let path = FdName::new(fd);
+        match rustix::fs::removexattr(path.as_c_str(), name) {
+            Ok(()) | Err(rustix::io::Errno::NODATA | rustix::io::Errno::NOTSUP) => Ok(()),
+            // User attributes exist for regular files and directories only.
+            Err(rustix::io::Errno::PERM) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Gives the label that came with its creation to the new inode `fd`.
     pub(super) fn label(&self, fd: BorrowedFd<'_>, extra: &CreateContext<'_>) -> io::Result<()> {
         let Some(security) = extra.security else { return Ok(()) };

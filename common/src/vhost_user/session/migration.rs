@@ -33,7 +33,8 @@ impl Inflight {
             .mmap_offset
             .checked_add(body.mmap_size)
             .ok_or_else(|| refused(&"its size wraps around"))?;
-        let len = file.metadata().map_err(|e| refused(&e))?.len();
+        let len = rustix::fs::fstat(&file).map_err(|e| refused(&e))?.st_size;
+        let len = u64::try_from(len).unwrap_or(0);
         let size = usize::try_from(body.mmap_size).map_err(|e| refused(&e))?;
         if len < needed || size == 0 {
             return Err(refused(&format!("it has {len} bytes and should have {needed}")));

@@ -188,6 +188,8 @@ impl Session {
 
     /// As [`Self::serve`], but leaves the session whole, so that it can be saved.
     pub fn serve_until(&mut self, shutdown: &EventFd) -> Ended {
+        // Without one (no descriptors left) only a front end that stalls can delay the end.
+        self.connection.set_interrupt(shutdown.try_clone().ok());
         loop {
             let mut fds = [
                 PollFd::new(&self.connection, PollFlags::IN),
@@ -212,6 +214,7 @@ impl Session {
                     }
                 }
                 Err(ReceiveError::Closed) => return Ended::FrontendLeft,
+                Err(ReceiveError::Interrupted) => return Ended::ShutDown,
                 Err(error) => {
                     tracing::warn!(%error, "ending the session");
                     return Ended::FrontendLeft;
@@ -476,6 +479,7 @@ impl Session {
     }
 
     fn get_shmem_config(&self) -> Reply {
+        self.device.shmem_config_asked();
         let sizes = self.device.shmem_regions();
         let count = sizes.iter().filter(|&&s| s != 0).count();
         let mut body = vec![0u8; 8 + 8 * 256];

@@ -450,6 +450,27 @@ fn extended_attributes_are_renamed_hidden_or_off() {
 }
 
 #[test]
+fn moved_file_capabilities_go_when_the_file_changes() {
+    let map = XattrMap::parse(":map::user.virtiofs.:").unwrap();
+    let guest = Guest::new(Config { xattr_map: Some(map), ..Config::default() });
+    let (inode, handle) = guest.create(ROOT, "a");
+    let mut attr = sys::empty_stat();
+    attr.st_size = 1;
+    let truncate = || guest.fs.setattr(&root(), inode, attr, None, SetattrValid::SIZE).map(drop);
+    let chown = || guest.fs.setattr(&root(), inode, attr, None, SetattrValid::UID).map(drop);
+    let write = || guest.write(inode, handle, 0, b"x").map(drop);
+    let allocate = || guest.fs.fallocate(&root(), inode, handle, 0, 0, 9);
+    let changes: [&dyn Fn() -> std::io::Result<()>; 4] = [&truncate, &chown, &write, &allocate];
+    for change in changes {
+        guest.fs.setxattr(&root(), inode, c"security.capability", b"caps", 0).unwrap();
+        change().unwrap();
+        let gone = guest.fs.getxattr(&root(), inode, c"security.capability", 99).map(drop);
+        assert_eq!(errno_of(gone), libc::ENODATA);
+        change().unwrap();
+    }
+}
+
+#[test]
 fn new_files_carry_their_label_or_are_not_made() {
     let map = XattrMap::parse(":prefix:all:security.:user.virtiofs.::bad:all:::").unwrap();
     let label = |name| CreateContext {

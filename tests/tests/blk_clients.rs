@@ -1,0 +1,141 @@
+//! Clients from outside on vhost-user-blk: QEMU's own tools over its virtio-blk-vhost-user driver.
+
+#![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
+
+use std::fs;
+use std::path::Path;
+
+use testkit::daemon::Daemon;
+use testkit::toolroot::ToolRoot;
+
+fn image_options(socket: &Path) -> String {
+    format!("driver=virtio-blk-vhost-user,path={},cache.direct=on", socket.display())
+}
+
+/// Runs a tool of the tool root and returns what it printed; it has to succeed.
+fn run(root: &ToolRoot, program: &str, arguments: &[&str]) -> String {
+    let output = root.command(program).unwrap().args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {text}");
+    text
+}
+
+#[test]
+fn qemu_io_finds_what_it_wrote() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    fs::write(&image, vec![9; 32 << 20]).unwrap();
+    let file = format!("--blk-file={}", image.display());
+    let daemon = Daemon::start("vhost-user-blk", &dir.path().join("blk.sock"), &[file]).unwrap();
+    let options = image_options(daemon.socket());
+    let mut arguments = vec!["--image-opts", options.as_str()];
+    for command in [
+        "read -P 9 0 1M",
+        "write -P 0x11 0 64k",
+        "write -P 0x22 512 512",
+        "aio_write -P 0x33 1M 1M",
+        "aio_write -P 0x44 3M 300k",
+        "aio_flush",
+        "flush",
+        "read -P 0x11 0 512",
+        "read -P 0x22 512 512",
+        "read -P 0x11 1024 63k",
+        "read -P 0x33 1M 1M",
+        "read -P 0x44 3M 300k",
+        "writev -P 0x55 5M 512 512 4096 1024",
+        "read -P 0x55 5M 6144",
+        "write -z 1M 512k",
+        "read -P 0 1M 512k",
+        "read -P 0x33 1536k 512k",
+        "write -z -u 8M 1M",
+        "read -P 0 8M 1M",
+        "discard 16M 4M",
+        "read -P 9 20M 12M",
+    ] {
+        arguments.extend(["-c", command]);
+    }
+    let text = run(root, "qemu-io", &arguments);
+    assert!(!text.contains("Pattern verification failed") && !text.contains("rror"), "{text}");
+}
+
+#[test]
+fn qemu_img_measures_and_copies() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (image, copy) = (dir.path().join("disk.img"), dir.path().join("copy.img"));
+    let bytes: Vec<u8> = (0..16u32 << 20).map(|i| (i >> 9) as u8 ^ (i >> 17) as u8).collect();
+    fs::write(&image, &bytes).unwrap();
+    for arguments in [&[][..], &["--num-queues=1", "--queue-size=256", "--buffered"]] {
+        let mut all = vec![format!("--blk-file={}", image.display())];
+        all.extend(arguments.iter().map(|a| (*a).to_owned()));
+        let daemon = Daemon::start("vhost-user-blk", &dir.path().join("s"), &all).unwrap();
+        let options = image_options(daemon.socket());
+        let bench = ["bench", "-c", "5000", "-d", "32", "-s", "4k", "-t", "none", "--image-opts"];
+        run(root, "qemu-img", &[&bench[..], &[options.as_str()]].concat());
+        let copy_name = copy.to_str().unwrap();
+        let convert = ["convert", "-n", "--image-opts", &options];
+        fs::write(&copy, vec![0; bytes.len()]).unwrap();
+        let target = format!("driver=raw,file.driver=file,file.filename={copy_name}");
+        run(root, "qemu-img", &[&convert[..], &["--target-image-opts", &target]].concat());
+        assert!(fs::read(&copy).unwrap() == bytes);
+    }
+}
+
+#[test]
+fn qcow2_images_of_qemu_are_read_and_written() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (base, top) = (path("base.qcow2"), path("top.qcow2"));
+    run(root, "qemu-img", &["create", "-q", "-f", "qcow2", &base, "64M"]);
+    run(root, "qemu-io", &["-f", "qcow2", "-c", "write -P 1 0 8M", &base]);
+    let backing = ["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &top];
+    run(root, "qemu-img", &backing);
+    let file = format!("--blk-file={top},format=qcow2");
+    let mut daemon = Daemon::start("vhost-user-blk", &dir.path().join("s"), &[file]).unwrap();
+    let options = image_options(daemon.socket());
+    let text = run(
+        root,
+        "qemu-io",
+        &[
+            "--image-opts",
+            &options,
+            "-c",
+            "read -P 1 0 8M",
+            "-c",
+            "read -P 0 8M 8M",
+            "-c",
+            "write -P 2 1M 3000k",
+            "-c",
+            "write -P 3 40M 512",
+            "-c",
+            "write -z 2M 64k",
+            "-c",
+            "discard 5M 1M",
+            "-c",
+            "flush",
+        ],
+    );
+    assert!(!text.contains("Pattern verification failed"), "{text}");
+    assert!(daemon.terminate(std::time::Duration::from_secs(5)).unwrap().success());
+    run(root, "qemu-img", &["check", &top]);
+    let text = run(
+        root,
+        "qemu-io",
+        &[
+            "-f",
+            "qcow2",
+            "-c",
+            "read -P 1 0 1M",
+            "-c",
+            "read -P 2 1M 1M",
+            "-c",
+            "read -P 0 2M 64k",
+            "-c",
+            "read -P 3 40M 512",
+            &top,
+        ],
+    );
+    assert!(!text.contains("Pattern verification failed"), "{text}");
+}

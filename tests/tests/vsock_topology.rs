@@ -1,0 +1,303 @@
+//! vsock-proxy: who reaches whom, what operators may get wrong, and what many idle connections cost.
+
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use testkit::daemon::Daemon;
+use testkit::driver::vsock::{
+    GuestStream, HOST, Packet, SEQPACKET, STREAM, VsockGuest, VsockOptions, op,
+};
+use testkit::vsock_host::{PATIENCE, VsockHost, program, read_ok};
+
+/// Starts a proxy with arguments that say everything; `socket` is the one to wait for.
+fn start(dir: &Path, socket: &str, arguments: &[String]) -> Daemon {
+    let mut command = program().unwrap();
+    command.args(arguments);
+    Daemon::start_command("vsock-proxy", command, &dir.join(socket)).unwrap()
+}
+
+fn refused(guest: &mut VsockGuest, peer: u64, port: u32) -> bool {
+    let mut request = Packet::new(guest.cid, 4000, port, op::REQUEST);
+    request.dst_cid = peer;
+    guest.send(&request).unwrap();
+    guest.receive(PATIENCE).unwrap().op == op::RST
+}
+
+#[test]
+fn siblings_of_a_group_reach_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let vm = |cid: u32, groups: &str| {
+        let d = dir.path().display();
+        format!("--vm=cid={cid},socket={d}/vmm{cid},uds-path={d}/host{cid},groups={groups}")
+    };
+    let arguments = [vm(3, "a+b"), vm(4, "b"), vm(5, "c")];
+    let _daemon = start(dir.path(), "vmm5", &arguments);
+    let boot = |cid: u32| {
+        let path = dir.path().join(format!("vmm{cid}"));
+        VsockGuest::start(&path, VsockOptions::default()).unwrap()
+    };
+    let (mut three, mut five) = (boot(3), boot(5));
+    assert!(refused(&mut three, 4, 80), "a sibling that does not run");
+    let mut four = boot(4);
+    assert!(refused(&mut three, 5, 80), "no common group");
+    assert!(refused(&mut five, 3, 80), "no common group");
+    assert!(refused(&mut three, 3, 80), "itself");
+
+    for socket_type in [STREAM, SEQPACKET] {
+        let mut request = Packet::new(3, 1025, 80, op::REQUEST);
+        (request.dst_cid, request.socket_type) = (4, socket_type);
+        three.send(&request).unwrap();
+        let heard = four.expect(op::REQUEST).unwrap();
+        assert_eq!((heard.src_cid, heard.src_port, heard.dst_port), (3, 1025, 80));
+        assert!(three.is_silent_for(Duration::from_millis(50)), "before the sibling accepted");
+        let mut b = GuestStream::accept(&mut four, &heard).unwrap();
+        let response = three.expect(op::RESPONSE).unwrap();
+        assert_eq!((response.src_cid, response.src_port), (4, 80));
+        let data = b.data(b"from four").flags(1);
+        four.send(&data).unwrap();
+        assert_eq!(three.expect(op::RW).unwrap().payload, b"from four");
+        let mut rw = Packet::new(3, 1025, 80, op::RW).with(b"from three").flags(1);
+        (rw.dst_cid, rw.socket_type) = (4, socket_type);
+        three.send(&rw).unwrap();
+        assert_eq!(four.expect(op::RW).unwrap().payload, b"from three");
+        let mut close = Packet::new(3, 1025, 80, op::SHUTDOWN).flags(3);
+        (close.dst_cid, close.socket_type) = (4, socket_type);
+        three.send(&close).unwrap();
+        three.expect(op::RST).unwrap();
+        assert_eq!(four.expect(op::SHUTDOWN).unwrap().flags, 3);
+        four.send(&b.packet(op::RST)).unwrap();
+    }
+
+    // Refused by the sibling.
+    let mut request = Packet::new(3, 1026, 81, op::REQUEST);
+    request.dst_cid = 4;
+    three.send(&request).unwrap();
+    let heard = four.expect(op::REQUEST).unwrap();
+    let mut reset = Packet::new(4, 81, heard.src_port, op::RST);
+    reset.dst_cid = 3;
+    four.send(&reset).unwrap();
+    three.expect(op::RST).unwrap();
+}
+
+#[test]
+fn the_operator_says_which_ports_are_reached() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let service = UnixListener::bind(elsewhere.path().join("logs")).unwrap();
+    let map = format!("--map=514:{}", elsewhere.path().join("logs").display());
+    let host = VsockHost::start(&["--allow-host-ports=80+500-600", "--allow-guest-ports=22", &map])
+        .unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let _forbidden = host.listen(81).unwrap();
+    assert!(refused(&mut guest, HOST, 81));
+    let _kept = host.serve(&mut guest, 1025, 80).unwrap();
+    let mut logs = GuestStream::connect(&mut guest, 1026, HOST, 514).unwrap();
+    logs.send_all(&mut guest, b"line").unwrap();
+    let mut got = [0; 4];
+    let mut served = service.accept().unwrap().0;
+    served.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"line");
+    let _kept = host.connect(&mut guest, 22).unwrap();
+    let mut client = host.ask(23).unwrap();
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+}
+
+#[test]
+fn connect_only_means_that_the_guest_connects_to_nothing() {
+    let host = VsockHost::start(&["--connect-only"]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let _service = host.listen(80).unwrap();
+    assert!(refused(&mut guest, HOST, 80));
+    host.connect(&mut guest, 22).unwrap();
+}
+
+#[test]
+fn a_service_with_a_full_queue_is_waited_for() {
+    let host = VsockHost::start(&[]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let listener = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        None,
+    )
+    .unwrap();
+    let address = rustix::net::SocketAddrUnix::new(host.path("host_80")).unwrap();
+    rustix::net::bind(&listener, &address).unwrap();
+    rustix::net::listen(&listener, 1).unwrap();
+    for port in 1..=10 {
+        guest.send(&Packet::new(3, port, 80, op::REQUEST)).unwrap();
+    }
+    let mut accepted = Vec::new();
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(20));
+        accepted.push(rustix::net::accept(&listener).unwrap());
+    }
+    for _ in 0..10 {
+        guest.expect(op::RESPONSE).unwrap();
+    }
+}
+
+#[test]
+fn a_client_passes_a_descriptor() {
+    let host = VsockHost::start(&[]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    for text in ["1027", "1027 keep"] {
+        let mut control = host.dial().unwrap();
+        control.write_all(b"passfd\n").unwrap();
+        let (ours, passed) = UnixStream::pair().unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [passed.as_fd()];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        let list = [IoSlice::new(text.as_bytes())];
+        sendmsg(&control, &list, &mut ancillary, SendFlags::empty()).unwrap();
+        drop(passed);
+        let request = guest.expect(op::REQUEST).unwrap();
+        assert_eq!(request.dst_port, 1027);
+        let mut theirs = GuestStream::accept(&mut guest, &request).unwrap();
+        assert_eq!(read_ok(&mut control).unwrap(), request.src_port);
+        (&ours).write_all(b"through").unwrap();
+        assert_eq!(theirs.receive_all(&mut guest, 7).unwrap(), b"through");
+        theirs.send_all(&mut guest, b"and back").unwrap();
+        let mut got = [0; 8];
+        (&ours).read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"and back");
+        drop(ours);
+        if text.ends_with("keep") {
+            assert!(guest.is_silent_for(Duration::from_millis(50)));
+            guest.send(&theirs.packet(op::RST)).unwrap();
+        } else {
+            assert_eq!(guest.expect(op::SHUTDOWN).unwrap().flags, 3);
+            guest.send(&theirs.packet(op::RST)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_idle_connections_cost_next_to_nothing() {
+    let count = 10_000;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
+    if limit.maximum.is_some_and(|most| most < count + 200) {
+        testkit::skip::skip("too few file descriptors are allowed");
+        return;
+    }
+    let host = VsockHost::start(&[]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let (_first, _theirs) = host.connect(&mut guest, 80).unwrap();
+    let before = host.daemon.private_bytes().unwrap();
+    let mut streams = Vec::new();
+    for _ in 0..count {
+        streams.push(host.connect(&mut guest, 80).unwrap());
+    }
+    let each = (host.daemon.private_bytes().unwrap() - before) / count;
+    assert!(each < 1024, "{each} bytes for an idle connection");
+    // Their last deadline, of the REQUEST, is still to come and must find nobody.
+    let cpu = host.daemon.cpu_time().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let spent = host.daemon.cpu_time().unwrap() - cpu;
+    assert!(spent <= Duration::from_millis(10), "{spent:?} of CPU for idle connections");
+    // They are still there.
+    let (stream, theirs) = streams.last_mut().unwrap();
+    stream.write_all(b"x").unwrap();
+    theirs.receive_all(&mut guest, 1).unwrap();
+}
+
+#[test]
+fn an_idle_proxy_is_small_and_starts_fast() {
+    let mut best = Duration::MAX;
+    for _ in 0..5 {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vmm");
+        let mut command = program().unwrap();
+        let host = dir.path().join("host");
+        command.arg("--socket").arg(&path).arg("--uds-path").arg(&host);
+        let start = Instant::now();
+        let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+        while UnixStream::connect(&path).is_err() {
+            assert!(start.elapsed() < PATIENCE);
+            std::hint::spin_loop();
+        }
+        best = best.min(start.elapsed());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(best < Duration::from_millis(10), "ready after {best:?}");
+    let host = VsockHost::start(&[]).unwrap();
+    let _guest = host.guest(VsockOptions::default()).unwrap();
+    let private = host.daemon.private_bytes().unwrap();
+    assert!(private < 1 << 20, "{private} bytes");
+}
+
+#[test]
+fn mistakes_of_operators_are_one_sentence_and_exit_code_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path().display().to_string();
+    std::fs::write(dir.path().join("file"), "x").unwrap();
+    let taken = UnixListener::bind(dir.path().join("taken")).unwrap();
+    let bad_toml = dir.path().join("bad.toml");
+    std::fs::write(&bad_toml, "[[vm]]\nguest-cid = 3\nsockett = \"x\"\n").unwrap();
+    let long = format!("{d}/{}", "x".repeat(90));
+    let cases: &[(&[&str], &str)] = &[
+        (&["--uds-path=D/h"], "--socket-path"),
+        (&["--socket=D/v"], "uds-path"),
+        (&["--socket=D/v", "--uds-path=D/h", "--guest-cid=2"], "reserved"),
+        (&["--socket=D/v", "--uds-path=D/h", "--guest-cid=4294967295"], "reserved"),
+        (&["--socket=D/v", "--uds-path=D/h", "--guest-cid=x"], "guest-cid"),
+        (&["--socket=D/v", "--uds-path=LONG"], "too long"),
+        (&["--socket=D/v", "--uds-path=D/taken"], "another process"),
+        (&["--socket=D/v", "--uds-path=D/file"], "socket"),
+        (&["--socket=D/v", "--uds-path=D/none/h"], "D/none/h"),
+        (&["--socket=D/v", "--uds-path=D/h", "--forward-cid=1"], "forward-cid"),
+        (&["--socket=D/v", "--uds-path=D/h", "--queue-size=100"], "queue-size"),
+        (&["--socket=D/v", "--uds-path=D/h", "--tx-buffer-size=1"], "tx-buffer-size"),
+        (&["--socket=D/v", "--uds-path=D/h", "--allow-host-ports=9-1"], "ports"),
+        (&["--socket=D/v", "--uds-path=D/h", "--map=x"], "PORT:PATH"),
+        (&["--vm=cid=3,socket=D/v,uds-path=D/h", "--vm=cid=3,socket=D/w,uds-path=D/i"], "CID 3"),
+        (&["--vm=cid=3,socket=D/v,uds-path=D/h", "--vm=cid=4,socket=D/v,uds-path=D/i"], "twice"),
+        (&["--vm=cid=3,socket=D/v,udspath=D/h"], "udspath"),
+        (&["--vm=cid=3,uds-path=D/h"], "socket"),
+        (&["--vm=cid=3,socket=D/v,uds-path=D/h", "--guest-cid=4"], "--guest-cid"),
+        (&["--config=D/bad.toml"], "sockett"),
+        (&["--config=D/none.toml"], "none.toml"),
+    ];
+    for (arguments, expected) in cases {
+        let arguments =
+            arguments.iter().map(|a| a.replace("LONG", &long).replace("D/", &format!("{d}/")));
+        let output = program().unwrap().args(arguments.clone()).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let expected = expected.replace("D/", &format!("{d}/"));
+        assert_eq!(output.status.code(), Some(1), "{:?}: {stderr}", arguments.collect::<Vec<_>>());
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(
+            stderr.starts_with("error: ") && stderr.contains(&expected),
+            "{expected}: {stderr}"
+        );
+    }
+    drop(taken);
+}
+
+#[test]
+fn a_file_says_the_same_as_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path().display();
+    let file = dir.path().join("vms.toml");
+    let text = format!(
+        "[[vm]]\nguest-cid = 7\nsocket = \"{d}/vmm7\"\nuds-path = \"{d}/host7\"\nconnect-only = true\n\
+         [[vm]]\nguest_cid = 8\nsocket = \"{d}/vmm8\"\nuds_path = \"{d}/host8\"\ntx_buffer_size = 65536\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    let _daemon = start(dir.path(), "vmm8", &[format!("--config={}", file.display())]);
+    let mut seven = VsockGuest::start(&dir.path().join("vmm7"), VsockOptions::default()).unwrap();
+    assert_eq!(seven.cid, 7);
+    assert!(refused(&mut seven, HOST, 1));
+    let mut eight = VsockGuest::start(&dir.path().join("vmm8"), VsockOptions::default()).unwrap();
+    let _service = UnixListener::bind(dir.path().join("host8_1")).unwrap();
+    let stream = GuestStream::connect(&mut eight, 1025, HOST, 1).unwrap();
+    assert_eq!(stream.credit(), 65536);
+}
