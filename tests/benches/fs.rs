@@ -18,7 +18,7 @@ use testkit::daemon::{Daemon, bin};
 use testkit::driver::fs::{FsClient, Message, op};
 use testkit::toolroot::ToolRoot;
 
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 const FILE_BYTES: u64 = 64 << 20;
 const ENTRIES: usize = 10_000;
 
@@ -133,29 +133,25 @@ fn last_offset(mut entries: &[u8]) -> Result<u64> {
 }
 
 const CASES: &[Case] = &[
-    Case { name: "getattr", count: 40_000, run: |c, f, n| getattr(c, f, n, 1) },
-    Case { name: "getattr x16", count: 80_000, run: |c, f, n| getattr(c, f, n, 16) },
-    Case { name: "lookup", count: 40_000, run: |c, _, n| lookup(c, n, 1) },
-    Case { name: "lookup x16", count: 80_000, run: |c, _, n| lookup(c, n, 16) },
-    Case { name: "read 4k", count: 40_000, run: |c, f, n| read(c, f, n, 1, 4096) },
-    Case { name: "read 4k x16", count: 80_000, run: |c, f, n| read(c, f, n, 16, 4096) },
-    Case { name: "write 4k", count: 20_000, run: |c, f, n| write(c, f, n, 1, 4096) },
-    Case { name: "write 4k x16", count: 40_000, run: |c, f, n| write(c, f, n, 16, 4096) },
+    Case { name: "getattr", count: 10_000, run: |c, f, n| getattr(c, f, n, 1) },
+    Case { name: "getattr x16", count: 30_000, run: |c, f, n| getattr(c, f, n, 16) },
+    Case { name: "lookup", count: 10_000, run: |c, _, n| lookup(c, n, 1) },
+    Case { name: "lookup x16", count: 30_000, run: |c, _, n| lookup(c, n, 16) },
+    Case { name: "read 4k", count: 10_000, run: |c, f, n| read(c, f, n, 1, 4096) },
+    Case { name: "read 4k x16", count: 30_000, run: |c, f, n| read(c, f, n, 16, 4096) },
+    Case { name: "write 4k", count: 8_000, run: |c, f, n| write(c, f, n, 1, 4096) },
+    Case { name: "write 4k x16", count: 10_000, run: |c, f, n| write(c, f, n, 16, 4096) },
     Case { name: "read 1M", count: 1500, run: |c, f, n| read(c, f, n, 4, 1 << 20) },
     Case { name: "write 1M", count: 500, run: |c, f, n| write(c, f, n, 4, 1 << 20) },
     Case { name: "create+unlink", count: 4000, run: |c, _, n| create_unlink(c, n) },
     Case { name: "readdir 10k", count: 30, run: |c, _, n| list(c, n) },
 ];
 
-fn pin(command: &mut Command) -> Command {
-    let mut pinned = Command::new("taskset");
-    pinned.args(["-c", "0"]).arg(command.get_program()).args(command.get_args());
-    for (key, value) in command.get_envs() {
-        if let Some(value) = value {
-            pinned.env(key, value);
-        }
-    }
-    pinned
+/// Puts this process, and what it starts from now on, on CPU `cpu`.
+fn pin(cpu: usize) -> Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("pin to CPU {cpu}"))
 }
 
 fn start(root: &ToolRoot, who: &Contestant, dir: &Path, shared: &Path) -> Result<Daemon> {
@@ -167,7 +163,10 @@ fn start(root: &ToolRoot, who: &Contestant, dir: &Path, shared: &Path) -> Result
         .arg(format!("--shared-dir={}", shared.display()))
         .args(["--sandbox=none", "--log-level=error"])
         .args(who.arguments);
-    Daemon::start_command(who.name, pin(&mut command), &socket)
+    pin(0)?;
+    let daemon = Daemon::start_command(who.name, command, &socket);
+    pin(1)?;
+    daemon
 }
 
 /// CPU time of all threads that run, nanoseconds.
@@ -223,9 +222,6 @@ fn main() -> Result<()> {
         })
         .collect();
     let Some(root) = ToolRoot::for_test() else { return Ok(()) };
-    let mut own = rustix::thread::CpuSet::new();
-    own.set(1);
-    rustix::thread::sched_setaffinity(None, &own).context("pin the client to CPU 1")?;
     let dir = tempfile::Builder::new().prefix("outboard-bench-").tempdir_in("/dev/shm")?;
     let shared: PathBuf = dir.path().join("shared");
     prepare(&shared)?;
@@ -234,12 +230,12 @@ fn main() -> Result<()> {
     let mut rate = cpu.clone();
     for _ in 0..ROUNDS {
         for (who, contestant) in CONTESTANTS.iter().enumerate() {
-            let mut daemon = start(root, contestant, dir.path(), &shared)?;
+            let daemon = start(root, contestant, dir.path(), &shared)?;
             for (case, (us, ops)) in measure(&daemon, &cases)?.into_iter().enumerate() {
                 cpu[who][case].push(us);
                 rate[who][case].push(ops);
             }
-            daemon.kill()?;
+            drop(daemon);
             std::thread::sleep(Duration::from_millis(20));
         }
     }
