@@ -16,6 +16,8 @@ use rustix::process::{Pid, Signal};
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a daemon's state is looked at.
 const POLL: Duration = Duration::from_millis(2);
+/// Age of a socket file whose daemon listens by now.
+const SETTLED: Duration = Duration::from_millis(50);
 /// The flag `__SO_ACCEPTCON` of a listening socket in `/proc/net/unix`.
 const LISTENING: &str = "00010000";
 
@@ -83,13 +85,21 @@ impl Daemon {
 
     fn is_listening(&self) -> bool {
         let tables = ["/proc/net/unix".to_owned(), format!("/proc/{}/net/unix", self.pid())];
-        tables.iter().any(|table| {
+        let listed = tables.iter().any(|table| {
             fs::read_to_string(table).unwrap_or_default().lines().any(|line| {
                 let mut fields = line.split_ascii_whitespace();
                 fields.nth(3) == Some(LISTENING)
                     && fields.nth(3).is_some_and(|path| Path::new(path) == self.socket)
             })
-        })
+        });
+        listed || self.is_settled()
+    }
+
+    /// Whether the socket has been there for a while. A daemon that was started in one network name
+    /// space and locked itself into another listens in a table that neither has.
+    fn is_settled(&self) -> bool {
+        let made = fs::metadata(&self.socket).and_then(|meta| meta.modified());
+        made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > SETTLED))
     }
 
     /// Where the daemon listens.
