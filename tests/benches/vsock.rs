@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use testkit::driver::RingFormat;
-use testkit::driver::vsock::{HOST, Packet, STREAM, VsockGuest, VsockOptions, op};
+use testkit::driver::vsock::{Packet, STREAM, VsockGuest, VsockOptions, op};
 use testkit::toolroot::ToolRoot;
 use testkit::vsock_host::VsockHost;
 

@@ -11,7 +11,8 @@ use rustix::net::{
     send, socket,
 };
 use testkit::daemon::bin;
-use testkit::guests::{Job, UmlGuest, VirtioId};
+use testkit::guests::uml::UmlGuest;
+use testkit::guests::{Job, VirtioId};
 use testkit::toolroot::ToolRoot;
 use testkit::vsock_host::{VsockHost, read_ok};
 use testkit::vsock_stream::{PORTS, checksum_reader, send_bulk};
@@ -70,11 +71,10 @@ fn a_real_guest_uses_its_sockets() {
     serve(host.listen(PORTS.sink).unwrap(), sink);
     serve(host.listen(PORTS.source).unwrap(), source);
     serve_messages(&host.path(&format!("host_{}", PORTS.messages)));
-    // The guest's root sees the host's temporary directory.
     let program = host.path("guest_vsock");
     std::fs::copy(bin("guest_vsock").unwrap(), &program).unwrap();
 
-    let job = Job::named("vsock-all").unwrap().set("PROGRAM", &program.display().to_string());
+    let job = Job::named("vsock-all").unwrap().set("DIR", &host.dir.path().display().to_string());
     let guest = UmlGuest::new(root).device(host.daemon.socket(), VirtioId::Vsock);
     let mut guest = guest.start(&job).unwrap();
     guest.wait_for("listening", TIMEOUT).unwrap();
