@@ -83,6 +83,12 @@ impl ConfigFile {
         Self { path: path.to_owned(), text }
     }
 
+    /// The text, for those who look at it themselves.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Decodes the text.
     ///
     /// # Errors

@@ -77,6 +77,7 @@ pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
         sandbox::enter(&plan(args, &vms)).context("sandbox")?;
     }
     let admin = admin.serve(registry, Arc::new(NothingToSet))?;
+    outboard_common::footprint::give_back_startup_memory();
     let served = daemon::run(endpoints, RunOptions::default());
     if let Some(admin) = admin {
         admin.join();
