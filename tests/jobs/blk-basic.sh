@@ -1,5 +1,5 @@
 # Makes a file system on the disk, fills it, checks it, and reads the same bytes after a remount.
-mkfs.ext4 -q /dev/vda
+mkfs.ext4 -q -F /dev/vda
 mkdir /mnt/disk
 mount -t ext4 /dev/vda /mnt/disk
 dd if=/dev/urandom of=/mnt/disk/random bs=1M count=16 2>/dev/null

@@ -2,7 +2,7 @@
 # host over the network and over vsock, and back into the shared directory.
 mkdir /mnt/shared /mnt/disk
 mount -t virtiofs shared /mnt/shared
-mkfs.ext4 -q /dev/vda
+mkfs.ext4 -q -F /dev/vda
 mount -t ext4 /dev/vda /mnt/disk
 cp /mnt/shared/from-host /mnt/disk/copy
 umount /mnt/disk
