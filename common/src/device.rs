@@ -131,10 +131,13 @@ pub trait Device: Send + Sync + 'static {
     }
 
     /// Sizes of the shared memory regions (virtio 1.3, 2.10) by region id, 0 where there is none;
-    /// GET_SHMEM_CONFIG's answer. Asking means that the front end can map.
+    /// GET_SHMEM_CONFIG's answer.
     fn shmem_regions(&self) -> Vec<u64> {
         Vec::new()
     }
+
+    /// GET_SHMEM_CONFIG came: this front end can map.
+    fn shmem_config_asked(&self) {}
 
     /// Writes the device's own state to `to` (DEVICE_STATE, save). All queues are stopped.
     ///

@@ -50,7 +50,9 @@ extern "C" fn advise_on_program(
         #[allow(clippy::cast_possible_truncation, reason = "usize is u64 on all targets")]
         let (start, length) =
             ((program.dlpi_addr + header.p_vaddr) as usize, header.p_memsz as usize);
-        let page = rustix::param::page_size();
+        // Not rustix's: its first question is a system call that no daemon's list has.
+        // SAFETY: asks for a number.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
         let (first, end) = (start & !(page - 1), (start + length) & !(page - 1));
         let address = std::ptr::with_exposed_provenance_mut(first);
         // SAFETY: whole pages of a private file mapping that is never written: what is dropped

@@ -16,6 +16,8 @@ use rustix::process::{Pid, Signal};
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a daemon's state is looked at.
 const POLL: Duration = Duration::from_millis(2);
+/// Age of a socket file whose daemon listens by now.
+const SETTLED: Duration = Duration::from_millis(50);
 /// The flag `__SO_ACCEPTCON` of a listening socket in `/proc/net/unix`.
 const LISTENING: &str = "00010000";
 
@@ -83,13 +85,21 @@ impl Daemon {
 
     fn is_listening(&self) -> bool {
         let tables = ["/proc/net/unix".to_owned(), format!("/proc/{}/net/unix", self.pid())];
-        tables.iter().any(|table| {
+        let listed = tables.iter().any(|table| {
             fs::read_to_string(table).unwrap_or_default().lines().any(|line| {
                 let mut fields = line.split_ascii_whitespace();
                 fields.nth(3) == Some(LISTENING)
                     && fields.nth(3).is_some_and(|path| Path::new(path) == self.socket)
             })
-        })
+        });
+        listed || self.is_settled()
+    }
+
+    /// Whether the socket has been there for a while. A daemon that was started in one network name
+    /// space and locked itself into another listens in a table that neither has.
+    fn is_settled(&self) -> bool {
+        let made = fs::metadata(&self.socket).and_then(|meta| meta.modified());
+        made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > SETTLED))
     }
 
     /// Where the daemon listens.
@@ -116,47 +126,66 @@ impl Daemon {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// The process and those it made: a confined daemon does its work in a child.
+    fn family(&self) -> Vec<u32> {
+        let mut all = vec![self.pid()];
+        let mut next = 0;
+        while let Some(pid) = all.get(next) {
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+            let children = children.unwrap_or_default();
+            all.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+            next += 1;
+        }
+        all
+    }
+
     /// User and system time of all threads, ended ones included; steps of 10 ms.
     ///
     /// # Errors
     /// When the process is gone.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-        // The second field is the name in parentheses, which may have blanks itself.
-        let (_, fields) = stat.rsplit_once(')').context("malformed /proc/PID/stat")?;
-        let ticks: u64 = fields
-            .split_ascii_whitespace()
-            .skip(11)
-            .take(2)
-            .map(str::parse::<u64>)
-            .sum::<std::result::Result<_, _>>()?;
+        let mut ticks = 0;
+        for pid in self.family() {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+            // The second field is the name in parentheses, which may have blanks itself.
+            let (_, fields) = stat.rsplit_once(')').context("malformed /proc/PID/stat")?;
+            for field in fields.split_ascii_whitespace().skip(11).take(2) {
+                ticks += field.parse::<u64>()?;
+            }
+        }
         Ok(Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second())?)
     }
 
-    /// Bytes of memory that belong to this process alone; guest memory is shared and not in it.
+    /// Bytes of memory that belong to the daemon alone; guest memory is shared and not in it.
     ///
     /// # Errors
     /// When the process is gone.
     pub fn private_bytes(&self) -> Result<u64> {
-        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid()))?;
         let mut kib = 0;
-        for line in rollup.lines() {
-            if let Some((_, value)) = line
-                .split_once(':')
-                .filter(|(key, _)| matches!(*key, "Private_Clean" | "Private_Dirty"))
-            {
-                kib += value.trim().trim_end_matches(" kB").parse::<u64>()?;
+        for pid in self.family() {
+            let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+            for line in rollup.lines() {
+                if let Some((_, value)) = line
+                    .split_once(':')
+                    .filter(|(key, _)| matches!(*key, "Private_Clean" | "Private_Dirty"))
+                {
+                    kib += value.trim().trim_end_matches(" kB").parse::<u64>()?;
+                }
             }
         }
         Ok(kib * 1024)
     }
 
-    /// How many file descriptors the process has open.
+    /// How many file descriptors the daemon has open: the process of it that has most.
     ///
     /// # Errors
     /// When the process is gone.
     pub fn open_fds(&self) -> Result<usize> {
-        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
+        let mut most = 0;
+        for pid in self.family() {
+            most = most.max(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+        }
+        Ok(most)
     }
 
     /// Kills the daemon as a crash would, and waits until it is gone.

@@ -12,7 +12,9 @@ mod running;
 pub mod uml;
 
 pub use job::Job;
+pub use qemu::QemuGuest;
 pub use running::{GuestResult, RunningGuest};
+pub use uml::UmlGuest;
 
 /// The kind of a virtio device, with the number the virtio specification gives it (section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

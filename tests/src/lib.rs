@@ -15,3 +15,4 @@ pub mod service;
 pub mod skip;
 pub mod toolroot;
 pub mod vsock_host;
+pub mod vsock_stream;

@@ -66,7 +66,7 @@ fn qemu_img_measures_and_copies() {
     let (image, copy) = (dir.path().join("disk.img"), dir.path().join("copy.img"));
     let bytes: Vec<u8> = (0..16u32 << 20).map(|i| (i >> 9) as u8 ^ (i >> 17) as u8).collect();
     fs::write(&image, &bytes).unwrap();
-    for arguments in [&[][..], &["--num-queues=1", "--queue-size=64", "--buffered"]] {
+    for arguments in [&[][..], &["--num-queues=1", "--queue-size=256", "--buffered"]] {
         let mut all = vec![format!("--blk-file={}", image.display())];
         all.extend(arguments.iter().map(|a| (*a).to_owned()));
         let daemon = Daemon::start("vhost-user-blk", &dir.path().join("s"), &all).unwrap();

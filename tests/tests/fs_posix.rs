@@ -173,6 +173,94 @@ fn pjdfstest_passes_where_it_passes_on_the_host() {
     }
 }
 
+/// What the suites do not try, with the daemon confined as it is by default.
+#[test]
+fn the_rarer_operations_work_inside_the_sandbox() {
+    use rustix::fs::{
+        AtFlags, CWD, FallocateFlags, Mode, OFlags, RenameFlags, SeekFrom, XattrFlags,
+    };
+    let arguments = ["--xattr", "--posix-acl", "--killpriv-v2", "--allow-direct-io"];
+    let Some(mounted) = Mounted::new(&arguments, BridgeOptions::default()) else { return };
+    let (file, other, link) = (mounted.path("file"), mounted.path("other"), mounted.path("link"));
+    fs::write(&file, "contents").unwrap();
+    symlink("nowhere", &link).unwrap();
+    // Extended attributes, also of a link.
+    rustix::fs::setxattr(&file, "user.key", b"value", XattrFlags::CREATE).unwrap();
+    // Of a link only `trusted` ones could be set, and for those the daemon has not the capability.
+    let refused = rustix::fs::lsetxattr(&link, "trusted.key", b"x", XattrFlags::empty());
+    assert_eq!(refused, Err(rustix::io::Errno::PERM));
+    let mut value = [0; 64];
+    let n = rustix::fs::getxattr(mounted.shared("file"), "user.key", &mut value).unwrap();
+    assert_eq!(&value[..n], b"value");
+    let n = rustix::fs::listxattr(&file, &mut value).unwrap();
+    assert_eq!(&value[..n], b"user.key\0");
+    rustix::fs::removexattr(&file, "user.key").unwrap();
+    // A file without a name, named afterwards.
+    let nameless =
+        rustix::fs::open(mounted.bridge.path(), OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR)
+            .unwrap();
+    rustix::io::write(&nameless, b"named later").unwrap();
+    let proc = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&nameless));
+    rustix::fs::linkat(CWD, proc, CWD, &other, AtFlags::SYMLINK_FOLLOW).unwrap();
+    assert_eq!(fs::read(mounted.shared("other")).unwrap(), b"named later");
+    rustix::fs::renameat_with(CWD, &file, CWD, &other, RenameFlags::EXCHANGE).unwrap();
+    assert_eq!(fs::read(&other).unwrap(), b"contents");
+    assert!(rustix::fs::renameat_with(CWD, &file, CWD, &other, RenameFlags::NOREPLACE).is_err());
+    // Holes, space, ranges, and what reaches the disk.
+    let sparse = fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(mounted.path("sparse"))
+        .unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&sparse, b"far", 1 << 20).unwrap();
+    sparse.sync_all().unwrap();
+    assert_eq!(rustix::fs::seek(&sparse, SeekFrom::Data(0)).unwrap(), 1 << 20);
+    rustix::fs::fallocate(&sparse, FallocateFlags::empty(), 0, 8192).unwrap();
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&sparse, punch, 0, 4096).unwrap();
+    let target = fs::File::create(mounted.path("target")).unwrap();
+    let n = rustix::fs::copy_file_range(&sparse, Some(&mut (1 << 20)), &target, None, 100).unwrap();
+    assert_eq!(n, 3);
+    assert_eq!(fs::read(mounted.shared("target")).unwrap(), b"far");
+    rustix::fs::syncfs(&sparse).unwrap();
+    let direct =
+        rustix::fs::open(mounted.path("sparse"), OFlags::DIRECT | OFlags::RDONLY, Mode::empty());
+    drop(direct.unwrap());
+    assert!(rustix::fs::statvfs(mounted.bridge.path()).unwrap().f_blocks > 0);
+    // Gone from the directory, still there for who has it open.
+    fs::remove_file(mounted.path("sparse")).unwrap();
+    assert_eq!(sparse.metadata().unwrap().nlink(), 0);
+    std::os::unix::fs::FileExt::write_all_at(&sparse, b"x", 0).unwrap();
+    // Inherited ACL: user::rw- group::rw- other::r--.
+    let mut acl = vec![2, 0, 0, 0];
+    for (tag, permissions) in [(1_u16, 6_u16), (4, 6), (0x20, 4)] {
+        acl.extend(tag.to_le_bytes().into_iter().chain(permissions.to_le_bytes()));
+        acl.extend(u32::MAX.to_le_bytes());
+    }
+    fs::create_dir(mounted.path("acl")).unwrap();
+    rustix::fs::setxattr(
+        mounted.path("acl"),
+        "system.posix_acl_default",
+        &acl,
+        XattrFlags::empty(),
+    )
+    .unwrap();
+    let made = rustix::fs::open(
+        mounted.path("acl/file"),
+        OFlags::CREATE | OFlags::RDWR,
+        Mode::from_raw_mode(0o666),
+    );
+    drop(made.unwrap());
+    let mode = fs::metadata(mounted.shared("acl/file")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o664);
+    let proc = Command::new("stat").arg("-c").arg("%W").arg(&file).output().unwrap();
+    assert!(
+        String::from_utf8_lossy(&proc.stdout).trim().parse::<i64>().unwrap() > 0,
+        "no birth time"
+    );
+}
+
 #[test]
 fn two_guests_exclude_each_other() {
     use rustix::fs::{FlockOperation, fcntl_lock, flock};
@@ -242,4 +330,36 @@ fn fsx_finds_no_difference() {
             String::from_utf8_lossy(&output.stderr)
         );
     }
+}
+
+/// `OUTBOARD_SCALE_FILES` sets how many; the promise is about a million.
+#[test]
+fn many_files_cost_the_daemon_few_fds_and_little_memory() {
+    let files: u64 =
+        std::env::var("OUTBOARD_SCALE_FILES").map_or(30_000, |text| text.parse().unwrap());
+    let Some(mounted) = Mounted::new(&["--cache=always"], BridgeOptions::default()) else { return };
+    for n in 0..files {
+        let dir = mounted.shared(&(n / 1000).to_string());
+        if n % 1000 == 0 {
+            fs::create_dir(&dir).unwrap();
+        }
+        fs::File::create(dir.join(n.to_string())).unwrap();
+    }
+    let before = mounted.daemon.private_bytes().unwrap();
+    let mut seen = 0;
+    let mut most_fds = 0;
+    for dir in fs::read_dir(mounted.bridge.path()).unwrap() {
+        for entry in fs::read_dir(dir.unwrap().path()).unwrap() {
+            seen += u64::from(entry.unwrap().metadata().unwrap().is_file());
+        }
+        most_fds = most_fds.max(mounted.daemon.open_fds().unwrap());
+    }
+    assert_eq!(seen, files);
+    let used = mounted.daemon.private_bytes().unwrap().saturating_sub(before);
+    // The kernel may have forgotten some under pressure; buffers of the daemon count as well.
+    let per_file = used / files;
+    println!("{files} files: {per_file} bytes each, at most {most_fds} fds");
+    assert!(most_fds > 10 && used > 0, "measured the wrong process");
+    assert!(most_fds < 4096, "{most_fds} fds");
+    assert!(per_file < 250, "{per_file} bytes a file");
 }

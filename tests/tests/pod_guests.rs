@@ -15,7 +15,7 @@ use testkit::pod::{HOST_ADDRESS, Pod};
 use testkit::toolroot::ToolRoot;
 
 /// Far above what a boot takes, so that only a hang reaches it.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// QEMU emulates the CPU.
 const EMULATED_TIMEOUT: Duration = Duration::from_secs(180);
 /// The file that is carried through the devices.

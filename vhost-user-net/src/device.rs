@@ -142,7 +142,8 @@ impl Device for NetDevice {
 
     fn set_mtu(&self, mtu: u16) -> bool {
         // The front end tells what it gave the guest; frames up to that size must pass.
-        let result = self.shared.backend.set_mtu(mtu);
+        let wide_enough = self.shared.backend.mtu().is_some_and(|now| now >= mtu);
+        let result = if wide_enough { Ok(()) } else { self.shared.backend.set_mtu(mtu) };
         if let Err(error) = &result {
             tracing::warn!(device = %self.shared.name, mtu, %error, "the back end cannot have this MTU");
             return false;

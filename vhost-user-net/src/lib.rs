@@ -12,6 +12,7 @@
 //! | [`backend`] | tap, macvtap, packet socket |
 //! | [`capture`] | pcap files |
 //! | [`operator`] | requests on the control socket |
+//! | [`sandbox`] | what the daemon may still do when it serves |
 //! | [`sys`] | system calls of network interfaces |
 //!
 //! [`run`] is the daemon: files and sockets are opened, the sandbox is closed, then it serves.
@@ -27,6 +28,7 @@ pub mod device;
 pub mod filter;
 pub mod header;
 pub mod operator;
+pub mod sandbox;
 pub mod shared;
 pub mod sys;
 pub mod worker;
@@ -55,6 +57,7 @@ use self::config::NetConfig;
 use self::device::{NetDevice, Offers};
 use self::filter::SourceFilter;
 use self::operator::Operator;
+use self::sandbox::Needs;
 use self::shared::{PairMetrics, Shared, SharedParts};
 
 /// The program's name, and its device's in logs and metrics.
@@ -84,6 +87,19 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     let device = Arc::new(make_device(&cli, backend, &registry)?);
     let options = SessionOptions::new(&cli.socket, &cli.workers);
     let endpoint = Endpoint::new(device.clone(), transport, options).counted_in(&registry);
+    let needs = Needs {
+        sockets: [
+            &cli.socket.socket_path,
+            &cli.metrics.metrics_socket,
+            &cli.control.control_socket,
+        ]
+        .into_iter()
+        .filter_map(|path| path.as_deref())
+        .collect(),
+        capture: cli.guard.pcap.as_deref(),
+        net_admin: cli.control.control_socket.is_some(),
+    };
+    sandbox::close(&cli.sandbox, &needs).context("cannot close the sandbox")?;
     let _admin = admin.serve(registry, Arc::new(Operator::new(device)))?;
     daemon::run(vec![endpoint], RunOptions::default())
 }

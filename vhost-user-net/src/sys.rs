@@ -11,13 +11,20 @@ use libc::{c_int, c_ulong, ifreq};
 
 use crate::control::MacAddr;
 
-const TUNSETIFF: c_ulong = 0x4004_54ca;
-const TUNSETOFFLOAD: c_ulong = 0x4004_54d0;
-const TUNGETIFF: c_ulong = 0x8004_54d2;
-const TUNSETVNETHDRSZ: c_ulong = 0x4004_54d8;
-const TUNSETQUEUE: c_ulong = 0x4004_54d9;
-const TUNSETVNETLE: c_ulong = 0x4004_54dc;
-const TUNSETCARRIER: c_ulong = 0x4004_54e2;
+const TUNSETIFF: u32 = 0x4004_54ca;
+pub(crate) const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNGETIFF: u32 = 0x8004_54d2;
+pub(crate) const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+pub(crate) const TUNSETQUEUE: u32 = 0x4004_54d9;
+pub(crate) const TUNSETVNETLE: u32 = 0x4004_54dc;
+pub(crate) const TUNSETCARRIER: u32 = 0x4004_54e2;
+const SIOCGIFINDEX: u32 = 0x8933;
+pub(crate) const SIOCGIFMTU: u32 = 0x8921;
+pub(crate) const SIOCSIFMTU: u32 = 0x8922;
+const SIOCGIFHWADDR: u32 = 0x8927;
+const SIOCGIFFLAGS: u32 = 0x8913;
+const SIOCSIFFLAGS: u32 = 0x8914;
+pub(crate) const SIOCSIFHWADDR: u32 = 0x8924;
 
 /// `TUNSETOFFLOAD`: the reader takes frames whose checksum is not filled in.
 pub const TUN_F_CSUM: u32 = 0x01;
@@ -95,17 +102,18 @@ fn empty_request() -> ifreq {
 }
 
 /// An ioctl whose argument points to a `T` that the kernel reads or writes.
-fn ioctl_ptr<T>(fd: BorrowedFd<'_>, request: c_ulong, argument: &mut T) -> io::Result<()> {
+fn ioctl_ptr<T>(fd: BorrowedFd<'_>, request: u32, argument: &mut T) -> io::Result<()> {
     // SAFETY: every request used in this module takes a pointer to the `T` it is called with, and
     // keeps no pointer to it.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request as _, std::ptr::from_mut(argument)) };
+    let result =
+        unsafe { libc::ioctl(fd.as_raw_fd(), request.into(), std::ptr::from_mut(argument)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// An ioctl whose argument is a number.
-fn ioctl_value(fd: BorrowedFd<'_>, request: c_ulong, argument: c_ulong) -> io::Result<()> {
+fn ioctl_value(fd: BorrowedFd<'_>, request: u32, argument: c_ulong) -> io::Result<()> {
     // SAFETY: the requests called so take the argument by value.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request as _, argument) };
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request.into(), argument) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -220,7 +228,7 @@ impl Interfaces {
     /// No such interface.
     pub fn index(&self, name: &InterfaceName) -> io::Result<c_int> {
         let mut request = name.request();
-        ioctl_ptr(self.0.as_fd(), libc::SIOCGIFINDEX as c_ulong, &mut request)?;
+        ioctl_ptr(self.0.as_fd(), SIOCGIFINDEX, &mut request)?;
         // SAFETY: SIOCGIFINDEX fills `ifru_ifindex`.
         Ok(unsafe { request.ifr_ifru.ifru_ifindex })
     }
@@ -231,7 +239,7 @@ impl Interfaces {
     /// No such interface.
     pub fn mtu(&self, name: &InterfaceName) -> io::Result<c_int> {
         let mut request = name.request();
-        ioctl_ptr(self.0.as_fd(), libc::SIOCGIFMTU as c_ulong, &mut request)?;
+        ioctl_ptr(self.0.as_fd(), SIOCGIFMTU, &mut request)?;
         // SAFETY: SIOCGIFMTU fills `ifru_mtu`.
         Ok(unsafe { request.ifr_ifru.ifru_mtu })
     }
@@ -243,7 +251,7 @@ impl Interfaces {
     pub fn set_mtu(&self, name: &InterfaceName, mtu: u16) -> io::Result<()> {
         let mut request = name.request();
         request.ifr_ifru.ifru_mtu = c_int::from(mtu);
-        ioctl_ptr(self.0.as_fd(), libc::SIOCSIFMTU as c_ulong, &mut request)
+        ioctl_ptr(self.0.as_fd(), SIOCSIFMTU, &mut request)
     }
 
     /// The interface's own hardware address.
@@ -252,7 +260,7 @@ impl Interfaces {
     /// No such interface.
     pub fn mac(&self, name: &InterfaceName) -> io::Result<MacAddr> {
         let mut request = name.request();
-        ioctl_ptr(self.0.as_fd(), libc::SIOCGIFHWADDR as c_ulong, &mut request)?;
+        ioctl_ptr(self.0.as_fd(), SIOCGIFHWADDR, &mut request)?;
         // SAFETY: SIOCGIFHWADDR fills `ifru_hwaddr`.
         let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
         let mut mac = [0; 6];
@@ -271,11 +279,11 @@ impl Interfaces {
     /// No permission, or no such interface.
     pub fn add_flags(&self, name: &InterfaceName, flags: c_int) -> io::Result<()> {
         let mut request = name.request();
-        ioctl_ptr(self.0.as_fd(), libc::SIOCGIFFLAGS as c_ulong, &mut request)?;
+        ioctl_ptr(self.0.as_fd(), SIOCGIFFLAGS, &mut request)?;
         // SAFETY: SIOCGIFFLAGS fills `ifru_flags`.
         let old = unsafe { request.ifr_ifru.ifru_flags };
         request.ifr_ifru.ifru_flags = old | as_short(flags);
-        ioctl_ptr(self.0.as_fd(), libc::SIOCSIFFLAGS as c_ulong, &mut request)
+        ioctl_ptr(self.0.as_fd(), SIOCSIFFLAGS, &mut request)
     }
 }
 
@@ -293,7 +301,7 @@ pub fn set_macvtap_mac(fd: BorrowedFd<'_>, name: &InterfaceName, mac: MacAddr) -
         }
     }
     request.ifr_ifru.ifru_hwaddr = address;
-    ioctl_ptr(fd, libc::SIOCSIFHWADDR as c_ulong, &mut request)
+    ioctl_ptr(fd, SIOCSIFHWADDR, &mut request)
 }
 
 /// Runs `work` on a thread that has entered the network namespace at `path`, and waits for it. The

@@ -10,8 +10,10 @@ use clap::{ArgAction, Args, Parser, ValueEnum};
 use outboard_common::capabilities::Capabilities;
 use outboard_common::cli::{
     CapabilitiesArgs, ControlArgs, LogArgs, MetricsArgs, SeccompArgs, SocketArgs, WorkerArgs,
+    values::Size,
 };
 
+use crate::dax;
 use crate::device::Tag;
 
 pub mod compat;
@@ -53,6 +55,10 @@ pub struct Arguments {
     #[command(flatten)]
     pub sharing: SharingArgs,
 
+    /// DAX.
+    #[command(flatten)]
+    pub dax: DaxArgs,
+
     /// Owners.
     #[command(flatten)]
     pub ids: IdArgs,
@@ -80,6 +86,62 @@ pub struct Arguments {
     /// Capabilities.
     #[command(flatten)]
     pub capabilities: CapabilitiesArgs,
+}
+
+/// Which files the guest may map into its address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dax {
+    /// None
+    Never,
+    /// Large files that do not grow, for guests that mount with dax=inode
+    Inode,
+    /// Any file, for guests that mount with dax=always
+    Always,
+}
+
+impl From<Dax> for dax::Mode {
+    fn from(dax: Dax) -> Self {
+        match dax {
+            Dax::Never => Self::Never,
+            Dax::Inode => Self::Inode,
+            Dax::Always => Self::Always,
+        }
+    }
+}
+
+/// How the VMM maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DaxVmm {
+    /// Whole pages inside files that are open for writing, a few hundred at once
+    Qemu,
+    /// Whatever it is asked for, as crosvm does
+    Plain,
+}
+
+impl From<DaxVmm> for dax::Vmm {
+    fn from(vmm: DaxVmm) -> Self {
+        match vmm {
+            DaxVmm::Qemu => Self::Strict,
+            DaxVmm::Plain => Self::Plain,
+        }
+    }
+}
+
+/// Files that the guest reads in place, in the host's page cache.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "DAX")]
+pub struct DaxArgs {
+    /// Files the guest may map into its address space
+    #[arg(long, value_name = "WHICH", default_value = "never")]
+    pub dax: Dax,
+
+    /// Address space of the guest that is set aside for mapped files, a power of two
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    pub dax_window: Size,
+
+    /// How the VMM maps
+    #[arg(long, value_name = "VMM", default_value = "qemu")]
+    pub dax_vmm: DaxVmm,
 }
 
 /// How the directory is shown to the guest.

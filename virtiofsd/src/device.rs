@@ -4,13 +4,15 @@
 //! worker of its own. A VMM that leaves or resets the device ends the FUSE session: the next guest
 //! starts with INIT and an empty inode table.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
+use outboard_common::vhost_user::backend_channel::BackendChannel;
 use outboard_common::worker::EventLoop;
 use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use zerocopy::{Immutable, IntoBytes};
 
+use crate::dax::ChannelWindow;
 use crate::fuse::{Extension, Limits, Server};
 use crate::slow_pool::SlowPool;
 use crate::worker::FsWorker;
@@ -88,6 +90,15 @@ pub struct FsDevice<F> {
     options: DeviceOptions,
     server: Arc<Server<F>>,
     pool: Arc<SlowPool<F>>,
+    /// What has come of a way to the guest's DAX window.
+    window: Mutex<WindowState>,
+}
+
+/// The window needs a channel to the front end, and a front end that asked for its size.
+#[derive(Debug, Default)]
+struct WindowState {
+    channel: Option<Arc<BackendChannel>>,
+    asked: bool,
 }
 
 impl<F: Extension> FsDevice<F> {
@@ -95,12 +106,21 @@ impl<F: Extension> FsDevice<F> {
     pub fn new(fs: F, options: DeviceOptions) -> Self {
         let server = Arc::new(Server::new(fs, options.limits));
         let pool = Arc::new(SlowPool::new(server.clone(), options.slow_threads));
-        Self { options, server, pool }
+        Self { options, server, pool, window: Mutex::default() }
     }
 
     /// The FUSE server.
     pub fn server(&self) -> &Arc<Server<F>> {
         &self.server
+    }
+
+    /// Changes what is known of the window, and tells the file system.
+    fn update_window(&self, change: impl FnOnce(&mut WindowState)) {
+        let mut state = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        let channel = state.channel.clone().filter(|c| state.asked && c.features().shmem);
+        drop(state);
+        self.server.set_window(channel.map(|c| Arc::new(ChannelWindow::new(c)) as _));
     }
 
     fn config(&self) -> Config {
@@ -129,7 +149,8 @@ impl<F: Extension> Device for FsDevice<F> {
     fn withheld_protocol_features(&self) -> u64 {
         use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
         // Requests must not be done twice, and a new process knows none of the old one's inodes.
-        let mut withheld = P::INFLIGHT_SHMFD;
+        // For the same reason a guest cannot be migrated: its inodes' state is not saved.
+        let mut withheld = P::INFLIGHT_SHMFD | P::DEVICE_STATE;
         if self.options.tag.is_none() {
             withheld |= P::CONFIG;
         }
@@ -155,6 +176,25 @@ impl<F: Extension> Device for FsDevice<F> {
         let worker = FsWorker::new(self.server.clone(), self.pool.clone())?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))
+    }
+
+    fn set_channel(&self, channel: Option<Arc<BackendChannel>>) {
+        self.update_window(|state| {
+            // A session without a channel is over: the next front end has to ask anew.
+            state.asked &= channel.is_some();
+            state.channel = channel;
+        });
+    }
+
+    fn shmem_regions(&self) -> Vec<u64> {
+        match self.server.file_system().dax_window() {
+            0 => Vec::new(),
+            size => vec![size],
+        }
+    }
+
+    fn shmem_config_asked(&self) {
+        self.update_window(|state| state.asked = true);
     }
 
     fn reset(&self) {

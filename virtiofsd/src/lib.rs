@@ -6,6 +6,7 @@
 //! | [`device`] | what the vhost-user session asks |
 //! | [`worker`], [`slow_pool`] | queues' threads, and those for requests that wait |
 //! | [`fuse`] | the FUSE server: parsers, dispatch, replies |
+//! | [`dax`] | files in a window of the guest's address space |
 //! | [`passthrough`] | the shared directory as a file system |
 //! | [`inode_store`], [`handle_store`] | what the guest knows and has open |
 //! | `confinement`, `seccomp` | the sandbox |
@@ -14,6 +15,7 @@
 pub mod cli;
 mod confinement;
 mod control;
+pub mod dax;
 pub mod device;
 pub mod fuse;
 mod group;
@@ -90,9 +92,22 @@ fn config(arguments: &Arguments) -> anyhow::Result<Config> {
         gid_map: id_map("--translate-gid", &arguments.ids.translate_gid)?,
         posix_locks: sharing.posix_lock,
         flock: sharing.flock,
+        dax: dax_options(arguments)?,
         timeout: sharing.timeout,
         ..Config::default()
     })
+}
+
+/// What the command line says of DAX.
+fn dax_options(arguments: &Arguments) -> anyhow::Result<dax::Options> {
+    let args = &arguments.dax;
+    let options = dax::Options {
+        mode: args.dax.into(),
+        window: args.dax_window.into(),
+        vmm: args.dax_vmm.into(),
+    };
+    options.check(arguments.sharing.readonly).map_err(anyhow::Error::msg)?;
+    Ok(options)
 }
 
 /// The socket, with the group that was asked for.

@@ -79,21 +79,27 @@ impl<F: Extension> FsWorker<F> {
         })
     }
 
-    /// Does what `self.chain` asks for. Returns the bytes of reply that wait for publication.
+    /// Does what `self.chain` asks for. Returns the bytes of reply that wait for publication, or
+    /// `None` if the request went back into its ring because that is being stopped.
     #[inline]
-    fn serve(&mut self, queue: &mut Queue) -> u32 {
-        match self.server.handle(&mut self.chain, &mut self.scratch, Wait::Never) {
+    fn serve(&mut self, queue: &mut Queue) -> Option<u32> {
+        let written = match self.server.handle(&mut self.chain, &mut self.scratch, Wait::Never) {
             Outcome::Done(written) => {
                 queue.push(&mut self.chain, written);
                 written
             }
             Outcome::Slow => self.hand_over(queue),
+            Outcome::Postponed => {
+                queue.unpop(&mut self.chain);
+                return None;
+            }
             outcome => {
                 let chain = self.replace_chain();
                 self.settle(chain, outcome, queue);
                 0
             }
-        }
+        };
+        Some(written)
     }
 
     /// Puts a spare chain in the place of `self.chain` and returns that.
@@ -125,6 +131,8 @@ impl<F: Extension> FsWorker<F> {
                 self.locks.push(Waiting { chain, queue: queue.index(), unique });
                 return 0;
             }
+            // Chains popped after it may be done already, so it cannot go back into the ring.
+            Outcome::Postponed => interrupted(&mut chain),
             // A file system that cannot do without waiting even when it may wait is broken.
             Outcome::Rejected | Outcome::Slow => {
                 queue.metrics().rejected.add(1);
@@ -174,8 +182,7 @@ impl<F: Extension> FsWorker<F> {
         for mut waiting in ending {
             self.server.forget_lock(waiting.unique);
             let Some(queue) = cx.queues.get(index) else { continue };
-            let unique = waiting.chain.readable.read_obj::<InHeader>().map_or(0, |h| h.unique);
-            let written = Reply::new(&mut waiting.chain.writable, unique).error(libc::EINTR);
+            let written = interrupted(&mut waiting.chain);
             queue.push(&mut waiting.chain, written);
             self.spare.push(waiting.chain);
         }
@@ -192,6 +199,12 @@ impl<F: Extension> FsWorker<F> {
             }
         }
     }
+}
+
+/// Ends the request in `chain`, none of which has been read yet, with `EINTR`.
+fn interrupted(chain: &mut Chain) -> u32 {
+    let unique = chain.readable.read_obj::<InHeader>().map_or(0, |h| h.unique);
+    Reply::new(&mut chain.writable, unique).error(libc::EINTR)
 }
 
 impl<F: Extension> QueueHandler for FsWorker<F> {
@@ -214,7 +227,8 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
                 self.arm_locks(cx);
                 return Progress::Emptied;
             }
-            bytes += self.serve(queue);
+            let Some(written) = self.serve(queue) else { break };
+            bytes += written;
             replies += 1;
             if replies >= PUBLISH_AFTER_REPLIES || bytes >= PUBLISH_AFTER_BYTES {
                 queue.publish();

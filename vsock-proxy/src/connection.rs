@@ -208,6 +208,12 @@ impl Connection {
         self.window.held()
     }
 
+    /// Whether the guest has not heard of it yet.
+    #[must_use]
+    pub fn is_unknown_to_guest(&self) -> bool {
+        self.phase == Phase::Requested && self.owed.has(Owed::REQUEST)
+    }
+
     /// Whether nothing more can come from the guest.
     #[must_use]
     pub fn guest_sends_no_more(&self) -> bool {

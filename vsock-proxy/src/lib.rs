@@ -63,7 +63,7 @@ pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
     logging::init(&args.log, "vsock-proxy")?;
     let registry = Arc::new(Registry::new("vsock-proxy"));
     let siblings = Arc::new(Siblings::default());
-    let options = SessionOptions { workers: (&args.worker).into(), ..SessionOptions::default() };
+    let options = SessionOptions::new(&args.connection, &args.worker);
     let mut endpoints = Vec::new();
     for vm in &vms {
         let counters = Counters::of(&registry.device(&VsockDevice::name_of(&vm.config)));
@@ -77,6 +77,7 @@ pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
         sandbox::enter(&plan(args, &vms)).context("sandbox")?;
     }
     let admin = admin.serve(registry, Arc::new(NothingToSet))?;
+    outboard_common::footprint::give_back_startup_memory();
     let served = daemon::run(endpoints, RunOptions::default());
     if let Some(admin) = admin {
         admin.join();

@@ -233,11 +233,10 @@ impl Mux {
         slot.generation = (slot.generation + 1) % GENERATIONS;
         match std::mem::take(&mut slot.state) {
             State::Free => return,
-            State::Client(client) => cx.unwatch(client.stream.as_raw_fd()),
+            State::Client(_) => {}
             State::Live(live) => {
                 if let Some(stream) = &live.stream {
-                    // A passed descriptor is open elsewhere too, so closing would not unwatch it.
-                    cx.unwatch(stream.as_raw_fd());
+                    unwatch(cx, stream);
                 }
                 if !live.detached {
                     self.index.remove(&live.key);
@@ -310,7 +309,7 @@ impl Mux {
         if live.connection.phase() == Phase::Over && live.held.is_none() {
             // The host sees the end at once, whenever the guest takes its RST.
             if let Some(stream) = live.stream.take() {
-                cx.unwatch(stream.as_raw_fd());
+                unwatch(cx, &stream);
             }
             if let OnAccept::OkOn(_) = live.on_accept {
                 live.on_accept = OnAccept::Silence;
@@ -422,16 +421,21 @@ impl Mux {
         }
     }
 
-    /// The guest is another one from now on, or forgot everything: so do we.
+    /// The guest is another one from now on, or forgot everything: so do we. Clients whose REQUEST
+    /// waits for a guest to start stay.
     pub(crate) fn forget_guest(&mut self, cx: &Context) {
-        for at in 0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX) {
-            if self.live(at).is_some() {
-                self.remove(at, cx);
-            }
-        }
         self.control.clear();
         self.data.clear();
         self.resets.clear();
+        for at in 0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX) {
+            let Some(live) = self.live(at) else { continue };
+            if live.connection.is_unknown_to_guest() {
+                live.in_control = false;
+                self.settle(at, cx);
+            } else {
+                self.remove(at, cx);
+            }
+        }
     }
 
     /// The guest is to be told on its event queue that connections are gone.
@@ -453,6 +457,13 @@ impl Mux {
             queue.push(&mut chain, u32::try_from(n).unwrap_or(0));
             self.reset_event = n < event.len();
         }
+    }
+}
+
+/// Ends the watch of a stream that is about to be closed. Closing does it, unless it is open elsewhere.
+fn unwatch(cx: &Context, stream: &HostStream) {
+    if stream.is_shared() {
+        cx.unwatch(stream.as_raw_fd());
     }
 }
 

@@ -99,6 +99,13 @@ impl InflightRegion {
     }
 }
 
+/// `entry`, or 0 if the front end's memory holds a number that is no entry. (A remainder would do too,
+/// at the price of a division for each step of every chain.)
+#[inline]
+const fn bounded(entry: u16, size: u16) -> u16 {
+    if entry < size { entry } else { 0 }
+}
+
 /// Order against a crash of this process, not against another CPU: the stores must reach the
 /// shared page in program order, which volatile accesses and a compiler fence give.
 #[inline]
@@ -138,7 +145,7 @@ impl SplitInflight {
             this.region.store(8, VERSION);
             return (this, None);
         }
-        this.last_batch_head = this.region.load::<u16>(12) % size;
+        this.last_batch_head = bounded(this.region.load::<u16>(12), size);
         this.settle_last_batch(ring_used);
         let mut again: Vec<(u64, u16)> = (0..size)
             .filter(|&head| this.region.load::<u8>(this.state(head)) == 1)
@@ -149,8 +156,9 @@ impl SplitInflight {
         (this, Some(again.into_iter().map(|(_, head)| head).collect()))
     }
 
+    #[inline]
     fn state(&self, head: u16) -> usize {
-        SPLIT_HEADER + SPLIT_STATE * usize::from(head % self.size)
+        SPLIT_HEADER + SPLIT_STATE * usize::from(bounded(head, self.size))
     }
 
     /// Clears the marks of a batch that was shown just before the crash.
@@ -159,7 +167,7 @@ impl SplitInflight {
         let mut head = self.last_batch_head;
         for _ in 0..shown.min(self.size) {
             self.region.store(self.state(head), 0u8);
-            head = self.region.load::<u16>(self.state(head) + 6) % self.size;
+            head = bounded(self.region.load::<u16>(self.state(head) + 6), self.size);
         }
         crash_order();
         self.region.store(14, ring_used);
@@ -261,6 +269,7 @@ impl PackedInflight {
     }
 
     /// used_idx and old_used_idx with their wrap counters, in one store.
+    #[inline]
     fn store_positions(&self, used: Position, old: Position) {
         let [a, b] = used.index.to_ne_bytes();
         let [c, d] = old.index.to_ne_bytes();
@@ -269,21 +278,24 @@ impl PackedInflight {
     }
 
     /// used_idx and old_used_idx with their wrap counters.
+    #[inline]
     fn positions(&self) -> (Position, Position) {
         let [a, b, c, d, used_wrap, old_wrap, _, _] = self.region.load::<u64>(16).to_ne_bytes();
         let position = |index: [u8; 2], wrap: u8| Position {
-            index: u16::from_ne_bytes(index) % self.size,
+            index: bounded(u16::from_ne_bytes(index), self.size),
             wrap: wrap != 0,
         };
         (position([a, b], used_wrap), position([c, d], old_wrap))
     }
 
+    #[inline]
     fn state(&self, entry: u16) -> usize {
-        PACKED_HEADER + PACKED_STATE * usize::from(entry % self.size)
+        PACKED_HEADER + PACKED_STATE * usize::from(bounded(entry, self.size))
     }
 
+    #[inline]
     fn next(&self, entry: u16) -> u16 {
-        self.region.load::<u16>(self.state(entry) + 2) % self.size
+        bounded(self.region.load::<u16>(self.state(entry) + 2), self.size)
     }
 
     /// Commits a batch that was shown just before the crash, or rolls back one that was not.
@@ -295,7 +307,7 @@ impl PackedInflight {
         }
         // Shown: the batch stands at the front of the free list, and is done. It is counted, not
         // followed to the old free head: when all entries were in flight, that is no end mark.
-        let mut entry = self.region.load::<u16>(12) % self.size;
+        let mut entry = bounded(self.region.load::<u16>(12), self.size);
         for _ in 0..old.distance_to(used, self.size) {
             self.region.store(self.state(entry), 0u8);
             entry = self.next(entry);
@@ -370,8 +382,9 @@ impl PackedInflight {
 
     /// Records a chain whose `count` descriptors `descriptor` yields in order; returns its entry.
     /// The mark is the commit point: before it the chain is still the ring's to give, after it ours.
+    #[inline]
     pub(super) fn take(&mut self, count: u16, descriptor: impl Fn(u16) -> PackedDescriptor) -> u16 {
-        let head = self.region.load::<u16>(12) % self.size;
+        let head = bounded(self.region.load::<u16>(12), self.size);
         let head_at = self.state(head);
         let (mut entry, mut last) = (head, head);
         for i in 0..count {
@@ -402,23 +415,25 @@ impl PackedInflight {
         self.region.store(state, 0u8);
         crash_order();
         // Other chains may have come back to the list since.
-        let last = self.region.load::<u16>(state + 4) % self.size;
+        let last = bounded(self.region.load::<u16>(state + 4), self.size);
         self.region.store(self.state(last) + 2, self.region.load::<u16>(12));
-        self.region.store(12, head % self.size);
-        self.region.store(14, head % self.size);
+        self.region.store(12, bounded(head, self.size));
+        self.region.store(14, bounded(head, self.size));
     }
 
     /// The chain at `head` is done; it counts as in flight until it is shown.
+    #[inline]
     pub(super) fn complete(&mut self, head: u16) {
         self.batch.push(head);
     }
 
     /// Before the batch is shown; `used` is the position after it.
+    #[inline]
     pub(super) fn publishing(&mut self, used: Position) {
         for &head in &self.batch {
-            let last = self.region.load::<u16>(self.state(head) + 4) % self.size;
+            let last = bounded(self.region.load::<u16>(self.state(head) + 4), self.size);
             self.region.store(self.state(last) + 2, self.region.load::<u16>(12));
-            self.region.store(12, head % self.size);
+            self.region.store(12, bounded(head, self.size));
         }
         crash_order();
         let (_, old) = self.positions();
@@ -427,6 +442,7 @@ impl PackedInflight {
     }
 
     /// After the batch was shown.
+    #[inline]
     pub(super) fn published(&mut self) {
         crash_order();
         let mut batch = std::mem::take(&mut self.batch);

@@ -7,6 +7,7 @@
 //! Each chain carries a `cookie`, any number, by which the caller knows it again when it is used.
 
 pub mod blk;
+pub mod fs;
 mod packed;
 mod split;
 pub mod vsock;

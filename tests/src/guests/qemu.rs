@@ -26,6 +26,8 @@ const KVM_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 struct Device {
     socket: PathBuf,
+    /// QEMU can only connect disks and network cards again; the others refuse to be told.
+    can_reconnect: bool,
     /// The arguments, in which `@` stands for the device's character device.
     arguments: Vec<String>,
 }
@@ -105,7 +107,10 @@ impl QemuGuest {
     /// device that is connected to `socket`.
     #[must_use]
     pub fn device_arguments(mut self, socket: impl AsRef<Path>, arguments: Vec<String>) -> Self {
-        self.devices.push(Device { socket: socket.as_ref().to_owned(), arguments });
+        let can_reconnect = arguments
+            .iter()
+            .any(|word| word.starts_with("vhost-user-blk") || word.starts_with("virtio-net"));
+        self.devices.push(Device { socket: socket.as_ref().to_owned(), can_reconnect, arguments });
         self
     }
 
@@ -131,7 +136,8 @@ impl QemuGuest {
         self
     }
 
-    /// Makes QEMU connect again to a daemon that went away, after this time.
+    /// Makes QEMU connect again to a disk's or network card's daemon that went away, after this
+    /// time.
     #[must_use]
     pub fn reconnect_ms(mut self, delay_ms: u32) -> Self {
         self.reconnect_ms = Some(delay_ms);
@@ -217,8 +223,11 @@ impl QemuGuest {
              random.trust_cpu=on"
                 .to_owned(),
         );
-        let reconnect = self.reconnect_ms.map_or(String::new(), |ms| format!(",reconnect-ms={ms}"));
         for (number, device) in self.devices.iter().enumerate() {
+            let reconnect = match self.reconnect_ms {
+                Some(delay) if device.can_reconnect => format!(",reconnect-ms={delay}"),
+                _ => String::new(),
+            };
             let (id, path) = (format!("chr{number}"), device.socket.display());
             arguments.push("-chardev".to_owned());
             arguments.push(format!("socket,id={id},path={path}{reconnect}"));

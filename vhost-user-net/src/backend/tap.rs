@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use virtio_bindings::virtio_net as v;
@@ -158,6 +159,11 @@ impl TapBackend {
     }
 }
 
+/// A predecessor that was killed lets go of the interface only when the kernel has taken its io_uring
+/// apart, a moment after its end.
+const BUSY_TRIES: u32 = 10;
+const BUSY_WAIT: Duration = Duration::from_millis(20);
+
 /// One more queue of interface `name`, or the first of a new one.
 fn open_queue(
     name: Option<&InterfaceName>,
@@ -165,7 +171,15 @@ fn open_queue(
 ) -> anyhow::Result<(OwnedFd, InterfaceName)> {
     let fd = sys::open_tap_device(Path::new("/dev/net/tun")).context("cannot open /dev/net/tun")?;
     let shown = || name.map_or_else(|| "a new tap".to_owned(), ToString::to_string);
-    let result = match sys::attach_tap(fd.as_fd(), name, multi_queue) {
+    let mut result = sys::attach_tap(fd.as_fd(), name, multi_queue);
+    for _ in 0..BUSY_TRIES {
+        if !result.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)) {
+            break;
+        }
+        std::thread::sleep(BUSY_WAIT);
+        result = sys::attach_tap(fd.as_fd(), name, multi_queue);
+    }
+    let result = match result {
         // An interface made for several queues wants to hear so from every user.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) && !multi_queue => {
             sys::attach_tap(fd.as_fd(), name, true)

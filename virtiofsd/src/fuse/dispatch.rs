@@ -15,7 +15,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileLock, GetxattrReply, IoctlData, ListxattrReply, SetattrValid,
@@ -23,12 +23,11 @@ use fuse_backend_rs::api::filesystem::{
 use outboard_common::ring::{Chain, IoVecs};
 
 use super::Opcode;
-use super::extension::{
-    Created, DaxWindow, Extension, ReadRequest, Wait, WriteRequest, not_supported,
-};
+use super::extension::{Created, DaxWindow, Extension, ReadRequest, Wait, WriteRequest};
 use super::reply::{HEADER_SIZE, Listing, Reply, errno};
 use super::request::{self, Dialect, Request};
 use super::wire::{self, EntryOut, InHeader, InitOut, OpenOut, init};
+use crate::dax;
 
 /// What INIT settles besides flags.
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +62,8 @@ pub enum Outcome {
     Rejected,
     /// It would have to wait: do it again with [`Wait::Allowed`].
     Slow,
+    /// The rings are being stopped, and what it needs of the VMM must wait until they run again.
+    Postponed,
     /// It waits for a lock: try again.
     Locked {
         /// The request's number, for [`Server::forget_lock`].
@@ -90,7 +91,6 @@ pub struct Server<F> {
     session: AtomicU64,
     /// SETLKW requests that wait, and whether INTERRUPT asked them to stop.
     locks: Mutex<BTreeMap<u64, bool>>,
-    window: RwLock<Option<Arc<dyn DaxWindow + Send + Sync>>>,
 }
 
 impl<F> std::fmt::Debug for Server<F> {
@@ -137,13 +137,7 @@ const fn reply_size(opcode: Opcode) -> usize {
 impl<F: Extension> Server<F> {
     /// A server of `fs`.
     pub fn new(fs: F, limits: Limits) -> Self {
-        Self {
-            fs,
-            limits,
-            session: AtomicU64::new(0),
-            locks: Mutex::default(),
-            window: RwLock::default(),
-        }
+        Self { fs, limits, session: AtomicU64::new(0), locks: Mutex::default() }
     }
 
     /// The file system.
@@ -164,7 +158,7 @@ impl<F: Extension> Server<F> {
 
     /// Gives or takes the DAX window.
     pub fn set_window(&self, window: Option<Arc<dyn DaxWindow + Send + Sync>>) {
-        *self.window.write().unwrap_or_else(PoisonError::into_inner) = window;
+        self.fs.on_window(window);
     }
 
     /// Ends the session, if there is one: the file system forgets the guest.
@@ -180,11 +174,14 @@ impl<F: Extension> Server<F> {
         self.locks.lock().unwrap_or_else(PoisonError::into_inner).remove(&unique);
     }
 
-    /// Does the request in `chain`. After [`Outcome::Slow`] and [`Outcome::Locked`] the chain is as it
+    /// Does the request in `chain`. After all outcomes but `Done` and `Rejected` the chain is as it
     /// was popped.
     pub fn handle(&self, chain: &mut Chain, scratch: &mut Scratch, wait: Wait) -> Outcome {
-        let outcome = self.attempt(chain, scratch, wait);
-        if matches!(outcome, Outcome::Slow | Outcome::Locked { .. }) {
+        let mut outcome = self.attempt(chain, scratch, wait);
+        if dax::take_interrupted() {
+            outcome = Outcome::Postponed;
+        }
+        if matches!(outcome, Outcome::Slow | Outcome::Locked { .. } | Outcome::Postponed) {
             chain.readable.rewind();
             chain.writable.rewind();
         }
@@ -629,12 +626,12 @@ impl<F: Extension> Server<F> {
             }
             Request::Ioctl { args, data } => ioctl(fs, &args, data, &mut call),
             Request::SetupMapping(map) => {
-                let result = self.with_window(|w| fs.setup_mapping(&ctx, &map, w));
+                let result = fs.setup_mapping(&ctx, &map);
                 call.reply().result(result)
             }
             Request::RemoveMapping(list) => {
                 let mut ranges = list.map(|one| (one.moffset, one.len));
-                let result = self.with_window(|w| fs.remove_mapping(&ctx, inode, &mut ranges, w));
+                let result = fs.remove_mapping(&ctx, inode, &mut ranges);
                 call.reply().result(result)
             }
             Request::NotifyReply => call.reply().result(fs.notify_reply()),
@@ -644,12 +641,6 @@ impl<F: Extension> Server<F> {
             }
             _ => call.reply().error(libc::ENOSYS),
         }
-    }
-
-    fn with_window(&self, run: impl FnOnce(&dyn DaxWindow) -> io::Result<()>) -> io::Result<()> {
-        // Clone, so that no lock is held while the front end is asked.
-        let window = self.window.read().unwrap_or_else(PoisonError::into_inner).clone();
-        window.map_or_else(|| Err(not_supported()), |w| run(&*w))
     }
 
     /// INIT: a new session, whatever was before.

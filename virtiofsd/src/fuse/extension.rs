@@ -17,6 +17,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, OpenOptions, stat64};
@@ -392,16 +393,19 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         })
     }
 
+    /// Bytes of the DAX window that the device shall have; 0: none.
+    fn dax_window(&self) -> u64 {
+        0
+    }
+
+    /// The way to the guest's DAX window is there, or gone with all that was mapped.
+    fn on_window(&self, window: Option<Arc<dyn DaxWindow + Send + Sync>>) {}
+
     /// SETUPMAPPING.
     ///
     /// # Errors
     /// The reply's errno.
-    fn setup_mapping(
-        &self,
-        ctx: &Context,
-        request: &MapRequest,
-        window: &dyn DaxWindow,
-    ) -> io::Result<()> {
+    fn setup_mapping(&self, ctx: &Context, request: &MapRequest) -> io::Result<()> {
         Err(not_supported())
     }
 
@@ -414,7 +418,6 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         ctx: &Context,
         inode: u64,
         ranges: &mut dyn Iterator<Item = (u64, u64)>,
-        window: &dyn DaxWindow,
     ) -> io::Result<()> {
         Err(not_supported())
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::id_map::IdMap;
 use super::xattr_map::XattrMap;
+use crate::dax;
 
 /// How long the guest may keep what it learned (`--cache`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -97,6 +98,8 @@ pub struct Config {
     pub flock: bool,
     /// `-o timeout=`: overrides the timeout of `cache`.
     pub timeout: Option<Duration>,
+    /// `--dax`, `--dax-window`, `--dax-vmm`.
+    pub dax: dax::Options,
     /// Fds kept open for inodes that have file handles.
     pub hot_fds: usize,
 }
@@ -123,6 +126,7 @@ impl Default for Config {
             posix_locks: false,
             flock: false,
             timeout: None,
+            dax: dax::Options::default(),
             hot_fds: 2048,
         }
     }

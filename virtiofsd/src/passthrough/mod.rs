@@ -23,6 +23,7 @@
 //! | [`attr`] | GETATTR, SETATTR, STATX, STATFS, ACCESS |
 //! | [`data`] | OPEN, CREATE, TMPFILE, READ, WRITE, FSYNC, LSEEK, FALLOCATE, COPY_FILE_RANGE |
 //! | [`dir`] | OPENDIR, READDIR, READDIRPLUS |
+//! | [`dax_ops`] | SETUPMAPPING, REMOVEMAPPING, and what else moves the end of a mapped file |
 //! | [`namespace`] | MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME, READLINK |
 //! | [`xattr`] | extended attributes, their mapping, labels |
 //! | [`locks`] | POSIX and BSD locks |
@@ -32,6 +33,7 @@ mod attr;
 pub mod config;
 mod credentials;
 mod data;
+mod dax_ops;
 mod dir;
 pub mod id_map;
 mod locks;
@@ -62,6 +64,7 @@ use locks::Locks;
 use mounts::Mounts;
 use xattr_map::ClientName;
 
+use crate::dax::{self, Dax};
 use crate::fuse::extension::CreateContext;
 use crate::fuse::wire::init;
 use crate::handle_store::HandleStore;
@@ -102,6 +105,7 @@ pub struct PassthroughFs {
     dirs: HandleStore<dir::OpenDir>,
     mounts: Mounts,
     locks: Locks,
+    dax: Option<Dax>,
     /// INIT flags that both sides switched on.
     negotiated: AtomicU64,
     /// Where `--xattrmap` puts file capabilities, if it moves them: the host's kernel then does not
@@ -175,6 +179,10 @@ impl PassthroughFs {
         let key = key_of(&stat);
         let handle = mounts.acquire(root.as_fd(), c"", key).map_err(PassthroughError::NoHandles)?;
         tracing::debug!(handles = handle != Handle::None, "sharing device {:#x}", key.dev);
+        let dax = match config.dax.mode {
+            dax::Mode::Never => None,
+            _ => Some(Dax::new(config.dax).map_err(PassthroughError::Examine)?),
+        };
         let info = NodeInfo {
             key,
             birth_ns: birth_of(&stat),
@@ -197,6 +205,7 @@ impl PassthroughFs {
             dirs: HandleStore::default(),
             mounts,
             locks: Locks::default(),
+            dax,
             negotiated: AtomicU64::new(0),
             moved_capability,
         })
@@ -229,6 +238,9 @@ impl PassthroughFs {
 
     /// The guest is new, or gone: forgets what it knew and closes what it had open.
     fn reset(&self) {
+        if let Some(dax) = &self.dax {
+            dax.forget_guest();
+        }
         self.locks.clear();
         self.files.clear();
         self.dirs.clear();

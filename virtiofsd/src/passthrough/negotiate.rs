@@ -25,6 +25,7 @@ impl PassthroughFs {
     pub(super) fn start_session(&self, capable: u64) -> io::Result<u64> {
         self.reset();
         let config = &self.config;
+        self.start_dax()?;
         let mut wanted = ALWAYS;
         let mut add = |condition: bool, flags: u64| {
             if condition {
@@ -37,6 +38,7 @@ impl PassthroughFs {
         add(config.killpriv_v2, init::HANDLE_KILLPRIV_V2);
         add(config.posix_locks, init::POSIX_LOCKS);
         add(config.flock, init::FLOCK_LOCKS);
+        add(self.dax_ready(), init::HAS_INODE_DAX);
         add(config.allow_mmap, init::DIRECT_IO_ALLOW_MMAP);
         let acl = init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT;
         add(demand(config.posix_acl, capable, acl, "POSIX ACLs")?, acl);

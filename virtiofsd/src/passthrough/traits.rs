@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, OpenOptions, SetattrValid, stat64, statvfs64};
@@ -17,7 +18,8 @@ use super::dir::Callback;
 use super::namespace::New;
 use super::{PassthroughFs, credentials};
 use crate::fuse::extension::{
-    CopyRange, CreateContext, Created, EntrySink, Extension, ReadRequest, Wait, WriteRequest,
+    CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, MapRequest, ReadRequest,
+    Wait, WriteRequest,
 };
 use crate::fuse::wire::{WRITE_KILL_SUIDGID, init};
 
@@ -34,7 +36,9 @@ impl FileSystem for PassthroughFs {
     }
 
     fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.do_lookup(parent, name)
+        let entry = self.do_lookup(parent, name)?;
+        self.refresh_mapping(entry.inode)?;
+        Ok(entry)
     }
 
     fn forget(&self, _ctx: &Context, inode: u64, count: u64) {
@@ -53,6 +57,7 @@ impl FileSystem for PassthroughFs {
         inode: u64,
         handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
+        self.refresh_mapping(inode)?;
         self.do_getattr(inode, handle)
     }
 
@@ -64,7 +69,7 @@ impl FileSystem for PassthroughFs {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        self.do_setattr(inode, &attr, handle, valid)
+        self.setting(inode, valid, attr.st_size, || self.do_setattr(inode, &attr, handle, valid))
     }
 
     fn readlink(&self, _ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
@@ -141,8 +146,13 @@ impl FileSystem for PassthroughFs {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        self.do_open(inode, flags, fuse_flags)
-            .map(|(handle, options)| (Some(handle), options, None))
+        let open = || self.do_open(inode, flags, fuse_flags);
+        let opened = if flags.cast_signed() & libc::O_TRUNC != 0 {
+            self.truncating(inode, 0, open)
+        } else {
+            self.refresh_mapping(inode).and_then(|()| open())
+        };
+        opened.map(|(handle, options)| (Some(handle), options, None))
     }
 
     fn create(
@@ -194,10 +204,12 @@ impl FileSystem for PassthroughFs {
     }
 
     fn flush(&self, _ctx: &Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
+        self.refresh_mapping(inode)?;
         self.do_flush(inode, handle, lock_owner)
     }
 
     fn fsync(&self, _ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
+        self.refresh_mapping(inode)?;
         self.do_fsync(inode, handle, datasync)
     }
 
@@ -210,7 +222,7 @@ impl FileSystem for PassthroughFs {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        self.do_fallocate(inode, handle, mode, offset, length)
+        self.allocating(inode, mode, || self.do_fallocate(inode, handle, mode, offset, length))
     }
 
     fn release(
@@ -224,6 +236,7 @@ impl FileSystem for PassthroughFs {
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
         // Closing the file drops its BSD lock.
+        self.refresh_mapping(inode)?;
         self.do_release(inode, handle, lock_owner)
     }
 
@@ -374,6 +387,7 @@ impl Extension for PassthroughFs {
         out: &IoVecs,
         wait: Wait,
     ) -> io::Result<usize> {
+        self.refresh_mapping(request.inode)?;
         self.do_read(request, out, wait)
     }
 
@@ -384,11 +398,13 @@ impl Extension for PassthroughFs {
         data: &IoVecs,
         wait: Wait,
     ) -> io::Result<usize> {
-        self.do_write(request, data, wait)
+        self.growing(request.inode, || self.do_write(request, data, wait))
     }
 
     fn attr_flags(&self, inode: u64, attr: &stat64) -> u32 {
-        self.flags_of(inode, attr.st_mode & libc::S_IFMT)
+        let file_type = attr.st_mode & libc::S_IFMT;
+        self.flags_of(inode, file_type)
+            | self.dax_flag(file_type, u64::try_from(attr.st_size).unwrap_or(0))
     }
 
     fn forget_each(&self, _ctx: &Context, requests: &mut dyn Iterator<Item = (u64, u64)>) {
@@ -474,15 +490,39 @@ impl Extension for PassthroughFs {
         flags: u32,
         mask: u32,
     ) -> io::Result<(libc::statx, Duration)> {
+        self.refresh_mapping(inode)?;
         self.do_statx(inode, handle, flags, mask)
     }
 
     fn syncfs(&self, _ctx: &Context, inode: u64) -> io::Result<()> {
+        self.write_mappings_back()?;
         self.do_syncfs(inode)
     }
 
     fn copy_file_range(&self, _ctx: &Context, range: &CopyRange) -> io::Result<u64> {
-        self.do_copy_file_range(range)
+        self.refresh_mapping(range.inode_in)?;
+        self.growing(range.inode_out, || self.do_copy_file_range(range))
+    }
+
+    fn dax_window(&self) -> u64 {
+        self.window_size()
+    }
+
+    fn on_window(&self, window: Option<Arc<dyn DaxWindow + Send + Sync>>) {
+        self.set_window(window);
+    }
+
+    fn setup_mapping(&self, _ctx: &Context, request: &MapRequest) -> io::Result<()> {
+        self.do_setup_mapping(request)
+    }
+
+    fn remove_mapping(
+        &self,
+        _ctx: &Context,
+        _inode: u64,
+        ranges: &mut dyn Iterator<Item = (u64, u64)>,
+    ) -> io::Result<()> {
+        self.do_remove_mapping(ranges)
     }
 
     fn readdirplus_into(

@@ -1,6 +1,15 @@
 //! A model of a guest and of a host around the state machine: whatever they do, in whatever order,
 //! no byte is lost, reordered or doubled, and credit is kept both ways.
 
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
+
 use std::collections::VecDeque;
 
 use proptest::prelude::*;

@@ -82,6 +82,14 @@ pub fn parse_passed(bytes: &[u8]) -> Option<(Port, bool)> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
 mod tests {
     use proptest::prelude::*;
 

@@ -137,6 +137,20 @@ impl HostStream {
         }
     }
 
+    /// Whether its peer is gone in both directions.
+    pub(crate) fn has_hung_up(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.fd, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok()
+            && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
+    /// Whether it is open elsewhere too, so that closing it does not end its being watched.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self.kind, Kind::Passed { .. })
+    }
+
     /// End of file for the host's reader.
     pub(crate) fn shutdown_write(&self) {
         // Fails on what is not a socket, and there closing says it.

@@ -7,7 +7,7 @@ use super::{BATCH_MAX, BATCH_MIN, Live, Mux};
 use crate::config::VmConfig;
 use crate::connection::Phase;
 use crate::device::RX_QUEUE;
-use crate::host::stream::Read;
+use crate::host::stream::{HostStream, Read};
 use crate::packet::{Op, SEQ_EOM, SocketType};
 use crate::rx_queue::Filler;
 
@@ -164,6 +164,8 @@ impl Live {
     /// All that the host sent is with the guest.
     fn at_end(&mut self) {
         self.readable = false;
+        // Mostly it closed altogether, and the event that says so is only on its way.
+        self.gone |= self.stream.as_ref().is_some_and(HostStream::has_hung_up);
         self.connection.on_host_eof();
         if self.gone {
             self.connection.on_host_reads_no_more();

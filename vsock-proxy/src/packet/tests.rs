@@ -1,3 +1,11 @@
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
 #![allow(unsafe_code, reason = "chains over the test's own buffers")]
 
 use proptest::prelude::*;

@@ -479,6 +479,7 @@ impl Session {
     }
 
     fn get_shmem_config(&self) -> Reply {
+        self.device.shmem_config_asked();
         let sizes = self.device.shmem_regions();
         let count = sizes.iter().filter(|&&s| s != 0).count();
         let mut body = vec![0u8; 8 + 8 * 256];

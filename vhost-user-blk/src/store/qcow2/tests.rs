@@ -1,3 +1,11 @@
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
 #![allow(unsafe_code, reason = "buffers of a test stand in for guest memory")]
 
 use super::*;

@@ -1,3 +1,12 @@
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
+
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::*;

@@ -160,10 +160,10 @@ impl Wire {
 
 fn call(server: &Server<OneFile>, wire: &mut Wire) -> Outcome {
     let outcome = server.handle(&mut wire.chain(13), &mut Scratch::default(), Wait::Allowed);
-    if let Outcome::Done(n) = outcome {
-        if n > 0 {
-            assert_eq!(wire.head().len, n);
-        }
+    if let Outcome::Done(n) = outcome
+        && n > 0
+    {
+        assert_eq!(wire.head().len, n);
     }
     outcome
 }

@@ -1,3 +1,5 @@
+#![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "tests may panic")]
+
 use proptest::prelude::*;
 use zerocopy::IntoBytes;
 

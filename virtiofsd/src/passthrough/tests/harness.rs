@@ -1,4 +1,12 @@
 //! A guest without a kernel: calls the passthrough as the FUSE server does.
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
 #![allow(unsafe_code, reason = "hands buffers to the passthrough as guest memory")]
 
 use std::ffi::CString;

@@ -1,5 +1,14 @@
 //! Whose files are made, and under which ids.
 
+#![allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
+
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 

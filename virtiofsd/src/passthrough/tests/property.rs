@@ -1,6 +1,17 @@
 //! The passthrough does what the system calls do: random operations through it on one directory and
 //! directly on another leave equal trees and give equal errors.
 
+#![allow(
+    clippy::identity_op,
+    clippy::bind_instead_of_map,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "tests may panic"
+)]
+
 use std::fs;
 use std::fs::File;
 use std::io;

@@ -1,0 +1,374 @@
+//! vhost-user-blk and qemu-storage-daemon, in turn, on the same images and with the same client.
+//!
+//! The client is the testkit's own guest driver: it polls, so that what is compared is the daemons'.
+//! Daemons and client are pinned to a CPU each. Every figure is the median of three runs that
+//! alternate between the daemons; `ratio` compares ours with the better of QEMU's two.
+//!
+//! | store | what it is |
+//! |---|---|
+//! | null | no storage: the cost of the protocol |
+//! | tmpfs | a file in /dev/shm |
+//! | zram | /dev/zram0 with O_DIRECT; only when it exists and is not in use |
+//! | disk | a file in `$OUTBOARD_BENCH_DIR` (a temporary directory) with O_DIRECT |
+
+#![allow(clippy::unwrap_used, reason = "a benchmark that cannot measure stops")]
+#![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    reason = "figures of a table"
+)]
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use testkit::daemon::Daemon;
+use testkit::driver::blk::{BlkSlot, RequestType, S_OK};
+use testkit::driver::{GuestQueue, RingFormat};
+use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::memory::GuestRam;
+use testkit::toolroot::ToolRoot;
+
+const IMAGE_BYTES: u64 = 256 << 20;
+const RUNS: usize = 3;
+const RUN_TIME: Duration = Duration::from_millis(250);
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long ours polls in the rows that say so.
+const POLL_US: u32 = 100;
+
+/// What is measured.
+#[derive(Clone, Copy)]
+struct Load {
+    name: &'static str,
+    bytes: u32,
+    depth: usize,
+    random: bool,
+    kind: RequestType,
+    /// Ours polls; QEMU's daemon does not.
+    polling: bool,
+}
+
+const fn load(name: &'static str, bytes: u32, depth: usize) -> Load {
+    Load { name, bytes, depth, random: true, kind: RequestType::IN, polling: false }
+}
+
+const LOADS: [Load; 8] = [
+    load("4k random read, QD 1", 4096, 1),
+    Load { polling: true, ..load("4k random read, QD 1, ours polls", 4096, 1) },
+    load("4k random read, QD 32", 4096, 32),
+    load("4k random read, QD 128", 4096, 128),
+    Load { kind: RequestType::OUT, ..load("4k random write, QD 32", 4096, 32) },
+    Load { random: false, ..load("1M read, QD 8", 1 << 20, 8) },
+    Load { random: false, kind: RequestType::OUT, ..load("1M write, QD 8", 1 << 20, 8) },
+    load("64k random read, QD 8", 65536, 8),
+];
+
+/// One run's result.
+#[derive(Clone, Copy)]
+struct Figures {
+    cpu_us: f64,
+    iops: f64,
+    p50_us: f64,
+    p99_us: f64,
+}
+
+enum Store {
+    Null,
+    Tmpfs(PathBuf),
+    Device(PathBuf),
+    Disk(PathBuf),
+}
+
+/// Runs this process, and what it starts from now on, on CPU `cpu` if there is one.
+fn pin(cpu: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    // A machine with one CPU measures unpinned.
+    let _ = rustix::thread::sched_setaffinity(None, &set);
+}
+
+/// CPU time of all threads of `daemon`, in nanoseconds.
+fn cpu_ns(daemon: &Daemon) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    tasks
+        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("schedstat")).ok())
+        .filter_map(|text| text.split_ascii_whitespace().next()?.parse::<u64>().ok())
+        .sum()
+}
+
+fn start_ours(dir: &Path, store: &Store, polling: bool) -> Daemon {
+    let disk = match store {
+        Store::Null => format!("--null={IMAGE_BYTES}"),
+        Store::Tmpfs(path) | Store::Device(path) | Store::Disk(path) => {
+            format!("--blk-file={},lock=off", path.display())
+        }
+    };
+    let poll = format!("--poll-us={}", if polling { POLL_US } else { 0 });
+    let socket = dir.join(if polling { "ours-polling" } else { "ours" });
+    Daemon::start("vhost-user-blk", &socket, &[disk, poll]).unwrap()
+}
+
+fn start_peer(root: &ToolRoot, dir: &Path, store: &Store, iothread: bool) -> Daemon {
+    let mut command = root.command("qemu-storage-daemon").unwrap();
+    let socket = dir.join(if iothread { "peer-iothread" } else { "peer" });
+    let blockdev = match store {
+        Store::Null => format!("driver=null-co,size={IMAGE_BYTES}"),
+        Store::Tmpfs(path) => {
+            format!("driver=file,locking=off,aio=io_uring,filename={}", path.display())
+        }
+        Store::Device(path) => {
+            format!("driver=host_device,aio=io_uring,cache.direct=on,filename={}", path.display())
+        }
+        Store::Disk(path) => {
+            let options = "driver=file,locking=off,aio=io_uring,cache.direct=on";
+            format!("{options},filename={}", path.display())
+        }
+    };
+    let mut export = format!(
+        "type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+        socket.display()
+    );
+    if iothread {
+        command.args(["--object", "iothread,id=thread,poll-max-ns=32768"]);
+        export.push_str(",iothread=thread");
+    }
+    command.arg("--blockdev").arg(format!("{blockdev},node-name=disk"));
+    command.arg("--export").arg(export);
+    Daemon::start_command("qemu-storage-daemon", command, &socket).unwrap()
+}
+
+/// One connection to a daemon, with requests ready.
+struct Client {
+    _frontend: FrontEnd,
+    queue: GuestQueue,
+    slots: Vec<BlkSlot>,
+    random: u64,
+    next: u64,
+}
+
+impl Client {
+    fn new(daemon: &Daemon, load: &Load) -> Self {
+        let ram = GuestRam::new(64 << 20).unwrap();
+        let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+        let options = AttachOptions { queue_size: 512, ..AttachOptions::new(RingFormat::Split) };
+        let (mut queues, _) = frontend.attach(&ram, &options).unwrap();
+        let slots = (0..load.depth).map(|_| BlkSlot::new(&ram, load.bytes).unwrap()).collect();
+        Self { _frontend: frontend, queue: queues.remove(0), slots, random: 88_172_645, next: 0 }
+    }
+
+    /// The sector of the next request.
+    fn sector(&mut self, load: &Load) -> u64 {
+        let blocks = IMAGE_BYTES / u64::from(load.bytes);
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.next += 1;
+        let block = if load.random { self.random } else { self.next } % blocks;
+        block * u64::from(load.bytes) / 512
+    }
+
+    fn submit(&mut self, load: &Load, slot: usize) {
+        let sector = self.sector(load);
+        let chain = self.slots[slot].prepare(load.kind, sector, load.bytes);
+        assert!(self.queue.add(&chain, slot as u64), "the ring has room");
+    }
+
+    fn run(&mut self, daemon: &Daemon, load: &Load, time: Duration) -> Figures {
+        let mut begun = vec![Instant::now(); load.depth];
+        let mut latencies: Vec<u64> = Vec::with_capacity(1 << 20);
+        self.queue.disable_interrupts();
+        let (cpu, start) = (cpu_ns(daemon), Instant::now());
+        for slot in 0..load.depth {
+            self.submit(load, slot);
+        }
+        self.queue.kick();
+        let mut outstanding = load.depth;
+        let end = start + time;
+        while outstanding > 0 {
+            let mut used = Some(self.queue.poll_used(TIMEOUT).unwrap());
+            let now = Instant::now();
+            while let Some(one) = used {
+                let slot = one.cookie as usize;
+                assert_eq!(self.slots[slot].status(), S_OK);
+                latencies.push((now - begun[slot]).as_nanos() as u64);
+                outstanding -= 1;
+                if now < end {
+                    self.submit(load, slot);
+                    begun[slot] = now;
+                    outstanding += 1;
+                }
+                used = self.queue.used();
+            }
+            self.queue.kick();
+        }
+        let (cpu, elapsed) = (cpu_ns(daemon) - cpu, start.elapsed());
+        latencies.sort_unstable();
+        let count = latencies.len() as f64;
+        let at = |share: f64| latencies[(count * share) as usize] as f64 / 1000.0;
+        Figures {
+            cpu_us: cpu as f64 / 1000.0 / count,
+            iops: count / elapsed.as_secs_f64(),
+            p50_us: at(0.5),
+            p99_us: at(0.99),
+        }
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn median_of(runs: &[Figures]) -> Figures {
+    let of = |field: fn(&Figures) -> f64| median(runs.iter().map(field).collect());
+    Figures {
+        cpu_us: of(|f| f.cpu_us),
+        iops: of(|f| f.iops),
+        p50_us: of(|f| f.p50_us),
+        p99_us: of(|f| f.p99_us),
+    }
+}
+
+fn print_row(who: &str, f: &Figures) {
+    println!(
+        "    {who:<14} {:>9.2} µs CPU/I/O {:>10.0} IOPS   p50 {:>8.1} µs   p99 {:>8.1} µs",
+        f.cpu_us, f.iops, f.p50_us, f.p99_us
+    );
+}
+
+/// Measures one load on all daemons, in turn.
+fn compare(store: &str, load: &Load, daemons: &[(&str, &Daemon)]) {
+    println!("  {store}: {}", load.name);
+    let mut runs: Vec<Vec<Figures>> = vec![Vec::new(); daemons.len()];
+    for run in 0..=RUNS {
+        for (at, (_, daemon)) in daemons.iter().enumerate() {
+            let mut client = Client::new(daemon, load);
+            let warm_up = run == 0;
+            let time = if warm_up { RUN_TIME / 8 } else { RUN_TIME };
+            let figures = client.run(daemon, load, time);
+            if !warm_up {
+                runs[at].push(figures);
+            }
+        }
+    }
+    let medians: Vec<Figures> = runs.iter().map(|r| median_of(r)).collect();
+    for ((who, _), figures) in daemons.iter().zip(&medians) {
+        print_row(who, figures);
+    }
+    if let [ours, peers @ ..] = medians.as_slice()
+        && !peers.is_empty()
+    {
+        let least = |field: fn(&Figures) -> f64| peers.iter().map(field).fold(f64::MAX, f64::min);
+        let most_iops = peers.iter().map(|f| f.iops).fold(0.0, f64::max);
+        println!(
+            "    ratio: CPU {:.2}   IOPS {:.2}   p50 {:.2}",
+            ours.cpu_us / least(|f| f.cpu_us),
+            ours.iops / most_iops,
+            ours.p50_us / least(|f| f.p50_us)
+        );
+    }
+}
+
+fn measure(root: &ToolRoot, name: &str, store: &Store, wanted: &[&Load]) {
+    let dir = tempfile::tempdir().unwrap();
+    pin(0);
+    let ours = start_ours(dir.path(), store, false);
+    let ours_polling = start_ours(dir.path(), store, true);
+    let peer = start_peer(root, dir.path(), store, false);
+    let peer_iothread = start_peer(root, dir.path(), store, true);
+    pin(1);
+    for load in wanted {
+        if load.polling {
+            compare(name, load, &[("ours", &ours_polling), ("qemu", &peer)]);
+        } else {
+            compare(
+                name,
+                load,
+                &[("ours", &ours), ("qemu", &peer), ("qemu iothread", &peer_iothread)],
+            );
+        }
+    }
+}
+
+/// Fills `path` with bytes that do not compress.
+fn fill(path: &Path, direct: bool) -> std::io::Result<()> {
+    let mut options = fs::File::options();
+    options.write(true).create(!direct);
+    let mut file = options.custom_flags(libc::O_CLOEXEC).open(path)?;
+    let mut random = 0x1234_5678_9abc_def1u64;
+    let mut chunk = vec![0u8; 1 << 20];
+    for _ in 0..IMAGE_BYTES / chunk.len() as u64 {
+        for word in chunk.as_chunks_mut::<8>().0 {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            *word = random.to_le_bytes();
+        }
+        file.write_all(&chunk)?;
+    }
+    file.sync_all()
+}
+
+/// A compressed RAM disk for as long as it is not dropped.
+struct Zram;
+
+impl Zram {
+    fn make() -> Option<Self> {
+        let sys = Path::new("/sys/block/zram0");
+        let size = fs::read_to_string(sys.join("disksize")).ok()?;
+        if size.trim() != "0" {
+            println!("zram: /dev/zram0 is in use, left out");
+            return None;
+        }
+        fs::write(sys.join("disksize"), IMAGE_BYTES.to_string()).ok()?;
+        let zram = Self;
+        fill(Path::new("/dev/zram0"), true).ok()?;
+        Some(zram)
+    }
+}
+
+impl Drop for Zram {
+    fn drop(&mut self) {
+        // Left as it is, the next run says that it is in use.
+        let _ = fs::write("/sys/block/zram0/reset", "1");
+    }
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let wanted: Vec<&Load> = LOADS.iter().filter(|l| words_match(l, &words)).collect();
+    let root = ToolRoot::guests().unwrap();
+    let only = std::env::var("OUTBOARD_BENCH_STORE").unwrap_or_default();
+    let chosen = |name: &str| only.is_empty() || only.split(',').any(|o| o == name);
+    if chosen("null") {
+        measure(root, "null", &Store::Null, &wanted);
+    }
+    if chosen("tmpfs") {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("image");
+        fill(&path, false).unwrap();
+        measure(root, "tmpfs", &Store::Tmpfs(path), &wanted);
+    }
+    if chosen("zram") {
+        match Zram::make() {
+            Some(_zram) => measure(root, "zram", &Store::Device("/dev/zram0".into()), &wanted),
+            None => println!("zram: not to be had here, left out"),
+        }
+    }
+    if chosen("disk") {
+        // In /tmp the tool root finds it too.
+        let place = std::env::var_os("OUTBOARD_BENCH_DIR").unwrap_or("/tmp".into());
+        let dir = tempfile::tempdir_in(place).unwrap();
+        let path = dir.path().join("image");
+        fill(&path, false).unwrap();
+        measure(root, "disk", &Store::Disk(path), &wanted);
+    }
+}
+
+/// Whether a load was asked for: every word of the command line is in its name.
+fn words_match(load: &Load, words: &[String]) -> bool {
+    words.iter().all(|word| load.name.contains(word.as_str()))
+}

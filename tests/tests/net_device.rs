@@ -1,0 +1,394 @@
+//! vhost-user-net over a real socket, with a driver of the testkit on a real tap: frames right and
+//! wrong, control commands, the guards.
+
+#![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
+
+use std::io::Read;
+use std::net::UdpSocket;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use testkit::daemon::{self, Daemon};
+use testkit::driver::{Buffer, GuestQueue, IN_ORDER, RingFormat};
+use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::memory::GuestRam;
+use testkit::netns::NetNs;
+use testkit::toolroot::ToolRoot;
+use virtio_bindings::virtio_net as v;
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+const ME: [u8; 6] = [2, 0, 0, 0, 0, 9];
+const HOST_IP: [u8; 4] = [10, 9, 0, 1];
+const MY_IP: [u8; 4] = [10, 9, 0, 2];
+/// Bytes of each receive buffer.
+const BUFFER: u32 = 1600;
+const HEADER: usize = 12;
+
+/// A running device on a tap with one attached guest.
+struct Bench {
+    frontend: FrontEnd,
+    ram: Arc<GuestRam>,
+    queues: Vec<GuestQueue>,
+    /// Where frames to send are put, and room for a control command.
+    out: u64,
+    metrics: PathBuf,
+    namespace: NetNs,
+    daemon: Daemon,
+    dir: tempfile::TempDir,
+}
+
+fn start(namespace: &NetNs, dir: &tempfile::TempDir, arguments: &[&str]) -> (Daemon, PathBuf) {
+    let (socket, metrics) = (dir.path().join("net.sock"), dir.path().join("metrics.sock"));
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.arg("--socket-path").arg(&socket).arg("--metrics-socket").arg(&metrics);
+    command.args(["--tap", "tap0"]).args(arguments);
+    namespace.enter(&mut command);
+    let daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
+    (daemon, metrics)
+}
+
+fn bench(format: RingFormat, features: u64, arguments: &[&str]) -> Option<Bench> {
+    let root = ToolRoot::for_test()?;
+    let namespace = NetNs::for_test(root)?;
+    let dir = tempfile::tempdir().unwrap();
+    let (daemon, metrics) = start(&namespace, &dir, arguments);
+    namespace.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();
+    let ram = GuestRam::new(16 << 20).unwrap();
+    let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+    // Without MQ the control queue is queue 2.
+    let options = AttachOptions { features, queues: 3, ..AttachOptions::new(format) };
+    let (queues, _) = frontend.attach(&ram, &options).unwrap();
+    let out = ram.alloc(1 << 17, 4096).unwrap();
+    let mut bench = Bench { frontend, ram, queues, out, metrics, namespace, daemon, dir };
+    for _ in 0..64 {
+        bench.give_buffer();
+    }
+    Some(bench)
+}
+
+impl Bench {
+    /// Adds a receive buffer whose cookie is its address.
+    fn give_buffer(&mut self) {
+        let at = self.ram.alloc(u64::from(BUFFER), 64).unwrap();
+        self.give_again(at);
+    }
+
+    fn give_again(&mut self, at: u64) {
+        assert!(self.queues[0].add(&[Buffer::writable(at, BUFFER)], at));
+        self.queues[0].kick();
+    }
+
+    /// Sends header and frame as one chain and waits until it is used.
+    fn send(&mut self, header: [u8; HEADER], frame: &[u8]) {
+        let bytes = [&header[..], frame].concat();
+        self.ram.write(self.out, &bytes);
+        let buffer = Buffer::readable(self.out, u32::try_from(bytes.len()).unwrap());
+        self.queues[1].request(&[buffer], TIMEOUT).unwrap();
+    }
+
+    /// The next received frame that `wanted` takes, without header, however many buffers it fills.
+    fn receive(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        loop {
+            let mut frame: Vec<u8> = Vec::new();
+            let mut buffers = 1;
+            let mut at = 0;
+            while at < buffers {
+                let used = self.queues[0].wait(TIMEOUT).unwrap();
+                frame.extend(self.ram.bytes(used.cookie, used.len as usize));
+                if at == 0 {
+                    buffers = u16::from_le_bytes(frame[10..12].try_into().unwrap());
+                    assert!(buffers >= 1, "num_buffers 0");
+                }
+                at += 1;
+                self.give_again(used.cookie);
+            }
+            let frame = frame.split_off(HEADER);
+            if wanted(&frame) {
+                return frame;
+            }
+        }
+    }
+
+    /// Asks for the host's address and expects the answer: the device works both ways.
+    fn expect_arp(&mut self) -> [u8; 6] {
+        self.send([0; HEADER], &arp_request(ME, MY_IP));
+        let answer = self.receive(|f| f[12..14] == [8, 6] && f[20..22] == [0, 2]);
+        assert_eq!(answer[..6], ME);
+        assert_eq!(answer[28..32], HOST_IP);
+        answer[22..28].try_into().unwrap()
+    }
+
+    /// One number of the metrics socket.
+    fn metric(&self, name: &str) -> u64 {
+        let mut text = String::new();
+        UnixStream::connect(&self.metrics).unwrap().read_to_string(&mut text).unwrap();
+        let line = text
+            .lines()
+            .find(|l| l.contains(name) && !l.starts_with('#'))
+            .unwrap_or_else(|| panic!("no {name} in\n{text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// A control command's answer; `None` when the device wrote none.
+    fn control(&mut self, command: &[u8]) -> Option<u8> {
+        self.ram.write(self.out, command);
+        let answer = self.out + 65536;
+        self.ram.write(answer, &[0xaa]);
+        let chain = [
+            Buffer::readable(self.out, u32::try_from(command.len()).unwrap()),
+            Buffer::writable(answer, 1),
+        ];
+        let len = self.queues[2].request(&chain, TIMEOUT).unwrap();
+        (len == 1).then(|| self.ram.bytes(answer, 1)[0])
+    }
+}
+
+fn arp_request(mac: [u8; 6], ip: [u8; 4]) -> Vec<u8> {
+    let mut frame = [&[0xff; 6][..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &mac, &ip].concat();
+    frame.extend([0; 6]);
+    frame.extend(HOST_IP);
+    frame.resize(60, 0);
+    frame
+}
+
+const NO_MQ: u64 = !(1 << v::VIRTIO_NET_F_MQ);
+
+#[test]
+fn frames_go_both_ways_in_every_ring() {
+    for format in RingFormat::ALL {
+        for features in [NO_MQ, NO_MQ & !IN_ORDER, 1 << v::VIRTIO_NET_F_CTRL_VQ] {
+            let Some(mut b) = bench(format, features, &[]) else { return };
+            for _ in 0..200 {
+                b.expect_arp();
+            }
+            assert_eq!(b.frontend.get_queue_num().unwrap(), 3);
+            assert_eq!(b.metric("net_tx_frames_total"), 200);
+        }
+    }
+}
+
+#[test]
+fn long_frames_fill_several_buffers_and_arrive_whole() {
+    for format in RingFormat::ALL {
+        for features in [NO_MQ, NO_MQ & !IN_ORDER] {
+            let Some(mut b) = bench(format, features, &["--mtu", "65520"]) else { return };
+            b.expect_arp();
+            let bind = b.namespace.run(|| UdpSocket::bind("10.9.0.1:0").unwrap()).unwrap();
+            // Small ones first and between, so that the long ones find small-frame reads.
+            for (i, len) in [10, 9000, 20, 60000, 1400, 1600, 3200, 65000, 5].iter().enumerate() {
+                let payload: Vec<u8> = (0..*len).map(|n: usize| (n % 251 + i) as u8).collect();
+                bind.send_to(&payload, "10.9.0.2:77").unwrap();
+                let frame = b.receive(|f| f[12..14] == [8, 0] && f[36..38] == [0, 77]);
+                assert!(frame[42..42 + len] == payload[..], "{len} bytes");
+            }
+            for round in 0..20u8 {
+                for len in [4000usize, 30, 20000] {
+                    bind.send_to(&vec![round; len], "10.9.0.2:77").unwrap();
+                }
+                for len in [4000, 30, 20000] {
+                    let frame = b.receive(|f| f[12..14] == [8, 0] && f[36..38] == [0, 77]);
+                    assert!(frame[42..42 + len].iter().all(|&byte| byte == round), "{len} bytes");
+                }
+            }
+            assert_eq!(b.metric("net_rx_dropped_total"), 0);
+        }
+    }
+}
+
+#[test]
+fn lying_frames_are_dropped_and_counted() {
+    for format in RingFormat::ALL {
+        let Some(mut b) = bench(format, NO_MQ, &[]) else { return };
+        let frame = arp_request(ME, MY_IP);
+        let header = |flags, gso, hdr_len: u16, size: u16, start: u16, offset: u16| {
+            let mut h = [0; HEADER];
+            h[0] = flags;
+            h[1] = gso;
+            for (at, value) in [(2, hdr_len), (4, size), (6, start), (8, offset)] {
+                h[at..at + 2].copy_from_slice(&value.to_le_bytes());
+            }
+            h
+        };
+        let lies = [
+            header(1, 0, 0, 0, 59, 0),
+            header(1, 0, 0, 0, 34, 0xffff),
+            header(1, 0, 0, 0, 0xffff, 0xffff),
+            header(0, 0, 61, 0, 0, 0),
+            header(1, 1, 54, 0, 34, 16),
+            header(0, 1, 54, 1448, 34, 16),
+            header(1, 2, 54, 1448, 34, 16),
+            header(1, 0x85, 42, 1000, 34, 6),
+        ];
+        for lie in lies {
+            b.send(lie, &frame);
+        }
+        b.send([0; HEADER], &frame[..13]);
+        // Chains that hold no header, and one that holds nothing to read.
+        let short = b.out;
+        b.queues[1].request(&[Buffer::readable(short, 5)], TIMEOUT).unwrap();
+        b.queues[1].request(&[Buffer::writable(short, 100)], TIMEOUT).unwrap();
+        // Longer than any frame.
+        let huge: Vec<Buffer> = (0..8).map(|_| Buffer::readable(short, 9000)).collect();
+        b.queues[1].request(&huge, TIMEOUT).unwrap();
+        assert_eq!(b.metric("net_tx_malformed_total"), lies.len() as u64 + 4);
+        assert_eq!(b.metric("net_tx_frames_total"), 0);
+        b.expect_arp();
+    }
+}
+
+#[test]
+fn useless_receive_buffers_harm_nobody_else() {
+    for format in RingFormat::ALL {
+        let Some(mut b) = bench(format, NO_MQ, &[]) else { return };
+        b.expect_arp();
+        let at = b.out;
+        for len in [1, 11, 25] {
+            assert!(b.queues[0].add(&[Buffer::writable(at, len)], at));
+        }
+        assert!(b.queues[0].add(&[Buffer::readable(at, 100)], at));
+        // Round the ring, past the bad ones.
+        b.send([0; HEADER], &arp_request(ME, MY_IP));
+        for _ in 0..200 {
+            b.send([0; HEADER], &arp_request(ME, MY_IP));
+            loop {
+                let used = b.queues[0].wait(TIMEOUT).unwrap();
+                if used.cookie == at {
+                    assert_eq!(used.len, 0);
+                    continue;
+                }
+                b.give_again(used.cookie);
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn every_control_command_is_answered() {
+    for format in RingFormat::ALL {
+        let Some(mut b) = bench(format, NO_MQ, &[]) else { return };
+        let right: &[&[u8]] = &[
+            &[0, 0, 1],
+            &[0, 1, 1],
+            &[0, 5, 0],
+            &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[2, 0, 5, 0],
+            &[2, 1, 5, 0],
+            &[3, 0],
+            &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[5, 0, 0x82, 1, 0, 0, 0, 0, 0, 0],
+            &[1, 1, 2, 0, 0, 0, 0, 9],
+        ];
+        for command in right {
+            assert_eq!(b.control(command), Some(0), "{command:?}");
+            let longer = [command, &[0][..]].concat();
+            assert_eq!(b.control(&longer), Some(1), "{longer:?}");
+        }
+        for wrong in [&[][..], &[0], &[9, 9], &[4, 0, 1, 0], &[5, 0, 1, 0, 0, 0, 0, 0, 0, 0]] {
+            assert_eq!(b.control(wrong), Some(1), "{wrong:?}");
+        }
+        let huge = vec![0; 60000];
+        assert_eq!(b.control(&huge), Some(1));
+        // No room for the answer.
+        let at = b.out;
+        assert_eq!(b.queues[2].request(&[Buffer::readable(at, 3)], TIMEOUT).unwrap(), 0);
+        b.expect_arp();
+    }
+}
+
+#[test]
+fn the_receive_filter_keeps_strangers_frames_away() {
+    let Some(mut b) = bench(RingFormat::Split, NO_MQ, &["--mac", "02:00:00:00:00:09"]) else {
+        return;
+    };
+    b.expect_arp();
+    assert_eq!(b.control(&[0, 0, 0]), Some(0));
+    let root = ToolRoot::for_test().unwrap();
+    b.namespace.ip(root, "neighbour add 10.9.0.77 lladdr 02:00:00:00:00:77 dev tap0").unwrap();
+    let socket = b.namespace.run(|| UdpSocket::bind("10.9.0.1:0").unwrap()).unwrap();
+    socket.send_to(b"not for you", "10.9.0.77:77").unwrap();
+    socket.send_to(b"for you", "10.9.0.2:77").unwrap();
+    let frame = b.receive(|f| f[12..14] == [8, 0] && f[36..38] == [0, 77]);
+    assert_eq!(&frame[42..49], b"for you");
+    assert!(b.metric("net_rx_filtered_total") >= 1);
+}
+
+#[test]
+fn forged_sources_are_dropped_and_counted() {
+    let arguments = ["--mac", "02:00:00:00:00:09", "--allow-ip", "10.9.0.2"];
+    let Some(mut b) = bench(RingFormat::Packed, NO_MQ, &arguments) else { return };
+    b.send([0; HEADER], &arp_request([2, 0, 0, 0, 0, 8], MY_IP));
+    b.send([0; HEADER], &arp_request(ME, [10, 9, 0, 3]));
+    assert_eq!(b.metric("net_tx_spoofed_total"), 2);
+    assert_eq!(b.frontend.get_config(0, 6).unwrap(), ME);
+    assert_eq!(b.frontend.features & (1 << v::VIRTIO_NET_F_CTRL_MAC_ADDR), 0);
+    b.expect_arp();
+}
+
+#[test]
+fn limits_slow_a_sender_down() {
+    let Some(mut b) = bench(RingFormat::Split, NO_MQ, &["--tx-packets", "100:1"]) else { return };
+    let start = std::time::Instant::now();
+    for _ in 0..30 {
+        b.send([0; HEADER], &arp_request(ME, MY_IP));
+    }
+    let took = start.elapsed();
+    assert!(took > Duration::from_millis(250), "{took:?}");
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[test]
+fn front_ends_come_and_go_and_one_may_be_killed() {
+    let Some(mut b) = bench(RingFormat::Split, NO_MQ, &[]) else { return };
+    b.expect_arp();
+    let Bench { frontend, ram, queues, out, metrics, namespace, mut daemon, dir } = b;
+    drop(frontend);
+    let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+    let options =
+        AttachOptions { features: NO_MQ, queues: 3, ..AttachOptions::new(RingFormat::Packed) };
+    let fresh = GuestRam::new(16 << 20).unwrap();
+    let (fresh_queues, inflight) = frontend.attach(&fresh, &options).unwrap();
+    drop((ram, queues, out));
+    let out = fresh.alloc(1 << 17, 4096).unwrap();
+    let mut b =
+        Bench { frontend, ram: fresh, queues: fresh_queues, out, metrics, namespace, daemon, dir };
+    for _ in 0..64 {
+        b.give_buffer();
+    }
+    b.expect_arp();
+    // The daemon dies; its successor goes on with the same rings.
+    b.daemon.kill().unwrap();
+    let (next, _) = start(&b.namespace, &b.dir, &[]);
+    daemon = next;
+    let root = ToolRoot::for_test().unwrap();
+    // The successor may have come before the tap was gone; then the address is still there.
+    b.namespace.ip(root, "address replace 10.9.0.1/24 dev tap0").unwrap();
+    b.frontend = FrontEnd::connect(daemon.socket()).unwrap();
+    b.frontend.reattach(&b.ram, &b.queues, inflight.as_ref(), GuestQueue::initial_base).unwrap();
+    for _ in 0..100 {
+        b.expect_arp();
+    }
+}
+
+#[test]
+fn a_client_dials_until_somebody_listens_and_again() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vmm.sock");
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.arg("--client").arg("--socket-path").arg(&path).args(["--tap", "tap0"]);
+    namespace.enter(&mut command);
+    let mut child = command.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let listener = UnixListener::bind(&path).unwrap();
+    for _ in 0..3 {
+        let frontend = FrontEnd::accept(&listener).unwrap();
+        assert_eq!(frontend.get_queue_num().unwrap(), 3);
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

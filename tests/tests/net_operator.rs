@@ -1,0 +1,118 @@
+//! vhost-user-net's operator: mistakes on the command line, changes at run time, its footprint.
+
+#![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use testkit::daemon::{self, Daemon};
+use testkit::frontend::FrontEnd;
+use testkit::netns::NetNs;
+use testkit::toolroot::ToolRoot;
+
+/// Runs the program, which must end by itself; gives exit code, stdout and stderr.
+fn run(namespace: &NetNs, arguments: &[&str]) -> (i32, String, String) {
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    namespace.enter(command.args(arguments));
+    let output = command.output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn mistakes_end_in_one_sentence_and_code_1() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s").display().to_string();
+    let _other = on_tap(&namespace, &dir.path().join("other"), &[]);
+    let bad_capture = dir.path().join("none/x.pcap").display().to_string();
+    for (arguments, part) in [
+        (&["--tap", "tap0"][..], "another program uses it"),
+        (&["--tap", "lo"], "lo"),
+        (&["--tap", "t1", "--netns", "/nonexistent/ns"], "/nonexistent/ns"),
+        (&["--tap", "t1", "--netns", "/dev/null"], "/dev/null"),
+        (&["--macvtap", "/dev/tap4711"], "/dev/tap4711"),
+        (&["--packet", "eth77"], "eth77"),
+        (&["--tap-fd", "99"], "--tap-fd 99"),
+        (&["--tap", "t1", "--mac", "52:54:00"], "not a MAC address"),
+        (&["--tap", "t1", "--allow-ip", "10.0.0.1/40"], "not an IP address"),
+        (&["--tap", "t1", "--pcap", &bad_capture], "x.pcap"),
+        (&[], "no network is named"),
+        (&["--bogus"], "--bogus"),
+    ] {
+        let all = [&["--socket-path", &socket][..], arguments].concat();
+        let (code, out, err) = run(&namespace, &all);
+        assert_eq!((code, out.as_str()), (1, ""), "{arguments:?}");
+        assert!(err.contains(part), "{arguments:?}: {err}");
+        assert_eq!(err.lines().count(), 1, "{arguments:?}: {err}");
+    }
+    let (code, _, err) = run(&namespace, &["--tap", "t1"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("--socket-path"), "{err}");
+    let (code, out, _) = run(&namespace, &["--print-capabilities", "--bogus"]);
+    assert_eq!(code, 0);
+    assert!(out.contains("\"net\""), "{out}");
+}
+
+fn on_tap(namespace: &NetNs, socket: &Path, arguments: &[&str]) -> Daemon {
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.arg("--socket-path").arg(socket).args(["--tap", "tap0"]).args(arguments);
+    namespace.enter(&mut command);
+    Daemon::start_command("vhost-user-net", command, socket).unwrap()
+}
+
+fn ask(control: &Path, request: &str) -> String {
+    let mut stream = UnixStream::connect(control).unwrap();
+    writeln!(stream, "{request}").unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn link_mtu_and_limits_change_at_run_time() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("control");
+    let path = control.display().to_string();
+    let daemon = on_tap(&namespace, &dir.path().join("s"), &["--control-socket", &path]);
+    let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+    frontend.negotiate(u64::MAX, u64::MAX).unwrap();
+    assert_eq!(frontend.get_config(6, 6).unwrap(), [1, 0, 1, 0, 0xdc, 5]);
+    assert!(ask(&control, r#"{"link": false}"#).contains(r#""link":false"#));
+    assert_eq!(frontend.get_config(6, 2).unwrap(), [0, 0]);
+    assert!(ask(&control, r#"{"link": true}"#).contains(r#""link":true"#));
+    assert_eq!(frontend.get_config(6, 2).unwrap(), [1, 0]);
+    assert!(ask(&control, r#"{"mtu": 9000}"#).contains(r#""mtu":9000"#));
+    assert_eq!(frontend.get_config(10, 2).unwrap(), 9000u16.to_le_bytes());
+    let mtu = namespace
+        .run(|| std::fs::read_to_string("/proc/self/net/dev").unwrap().contains("tap0"))
+        .unwrap();
+    assert!(mtu);
+    for wrong in [r#"{"mtu": 60}"#, r#"{"mtu": "x"}"#, r#"{"bogus": 1}"#, "nonsense"] {
+        assert!(ask(&control, wrong).contains("error"), "{wrong}");
+    }
+    assert!(ask(&control, r#"{"state": null}"#).contains(r#""mtu":9000"#));
+}
+
+#[test]
+fn an_idle_daemon_is_small_and_asleep() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let start = Instant::now();
+    let daemon = on_tap(&namespace, &dir.path().join("s"), &[]);
+    let ready = start.elapsed();
+    let before = daemon.cpu_time().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(daemon.cpu_time().unwrap(), before, "an idle daemon uses the CPU");
+    let bytes = daemon.private_bytes().unwrap();
+    eprintln!("ready after {ready:?}, {} KiB private", bytes >> 10);
+    assert!(bytes < 2 << 20, "{bytes} bytes");
+    assert!(ready < Duration::from_secs(2), "{ready:?}");
+}
