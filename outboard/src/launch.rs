@@ -147,7 +147,7 @@ impl Running<'_> {
     fn announce(&self) -> Result<()> {
         let launch = self.launch;
         let (name, count) = (&launch.pod.name, self.services.len());
-        tracing::info!("the pod {name} is up: {count} devices in {}", launch.layout.dir.display());
+        tracing::info!("the pod {name} is up in {}; devices: {count}", launch.layout.dir.display());
         if let Some((path, text)) = &launch.vmm.file {
             fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
         }

@@ -39,7 +39,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         Command::Check { pod } => {
             let pod = read(&pod)?;
             let count = pod.device_names().count();
-            print(&format!("{}: {count} devices, no mistakes", pod.name))
+            print(&format!("{}: no mistakes; devices: {count}", pod.name))
         }
         Command::Args(args) => {
             let (pod, layout) = prepare(&args)?;

@@ -7,7 +7,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal};
@@ -28,6 +28,7 @@ pub struct Daemon {
     child: Child,
     log: PathBuf,
     socket: PathBuf,
+    started: SystemTime,
     /// The test itself killed it.
     killed: bool,
 }
@@ -51,14 +52,16 @@ impl Daemon {
     pub fn start_command(name: &str, mut command: Command, socket: &Path) -> Result<Self> {
         let log = socket.with_extension("log");
         let file = File::options().create(true).append(true).open(&log)?;
+        // Files' times come from a clock that ticks only every few milliseconds.
+        let started = SystemTime::now() - Duration::from_millis(20);
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
             .spawn()
             .with_context(|| format!("start {name}"))?;
-        let mut daemon =
-            Self { name: name.to_owned(), child, log, socket: socket.to_owned(), killed: false };
+        let (name, socket) = (name.to_owned(), socket.to_owned());
+        let mut daemon = Self { name, child, log, socket, started, killed: false };
         daemon.wait_until_listening()?;
         Ok(daemon)
     }
@@ -99,7 +102,7 @@ impl Daemon {
     /// space and locked itself into another listens in a table that neither has.
     fn is_settled(&self) -> bool {
         let made = fs::metadata(&self.socket).and_then(|meta| meta.modified());
-        made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > SETTLED))
+        made.is_ok_and(|at| at > self.started && at.elapsed().is_ok_and(|age| age > SETTLED))
     }
 
     /// Where the daemon listens.

@@ -38,8 +38,9 @@ fn file_system_job() -> Job {
 fn uml_makes_and_checks_a_file_system() {
     let Some(root) = ToolRoot::for_test() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let image = image(dir.path(), 128);
     for arguments in [&[][..], &["--write-cache=off"], &["--buffered", "--poll-us=30"]] {
+        // A new one each time: mkfs asks before it overwrites a file system.
+        let image = image(dir.path(), 128);
         let daemon = start(dir.path(), &image, arguments);
         let guest = UmlGuest::new(root).device(daemon.socket(), VirtioId::Blk);
         guest.run(&file_system_job(), TIMEOUT).unwrap().expect_success();

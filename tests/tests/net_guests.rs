@@ -42,11 +42,7 @@ done
 fn tap_daemon(root: &ToolRoot, namespace: &NetNs, dir: &Path, arguments: &[&str]) -> Daemon {
     let socket = dir.join("net.sock");
     let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
-    command
-        .arg("--socket-path")
-        .arg(&socket)
-        .args(["--tap", "tap0", "--log-level", "debug"])
-        .args(arguments);
+    command.arg("--socket-path").arg(&socket).args(["--tap", "tap0"]).args(arguments);
     namespace.enter(&mut command);
     let daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
     namespace.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();

@@ -90,10 +90,10 @@ fn link_mtu_and_limits_change_at_run_time() {
     assert_eq!(frontend.get_config(6, 2).unwrap(), [1, 0]);
     assert!(ask(&control, r#"{"mtu": 9000}"#).contains(r#""mtu":9000"#));
     assert_eq!(frontend.get_config(10, 2).unwrap(), 9000u16.to_le_bytes());
-    let mtu = namespace
-        .run(|| std::fs::read_to_string("/proc/self/net/dev").unwrap().contains("tap0"))
-        .unwrap();
-    assert!(mtu);
+    let mut show = root.command("ip").unwrap();
+    namespace.enter(show.args(["link", "show", "tap0"]));
+    let shown = String::from_utf8(show.output().unwrap().stdout).unwrap();
+    assert!(shown.contains("mtu 9000"), "{shown}");
     for wrong in [r#"{"mtu": 60}"#, r#"{"mtu": "x"}"#, r#"{"bogus": 1}"#, "nonsense"] {
         assert!(ask(&control, wrong).contains("error"), "{wrong}");
     }
@@ -113,6 +113,8 @@ fn an_idle_daemon_is_small_and_asleep() {
     assert_eq!(daemon.cpu_time().unwrap(), before, "an idle daemon uses the CPU");
     let bytes = daemon.private_bytes().unwrap();
     eprintln!("ready after {ready:?}, {} KiB private", bytes >> 10);
-    assert!(bytes < 2 << 20, "{bytes} bytes");
+    // A program built for debugging has a megabyte more of its own pages.
+    let most = if cfg!(debug_assertions) { 4 << 20 } else { 2 << 20 };
+    assert!(bytes < most, "{bytes} bytes");
     assert!(ready < Duration::from_secs(2), "{ready:?}");
 }

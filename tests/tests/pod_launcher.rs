@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
 use std::fs::{self, File, Permissions};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -140,7 +140,7 @@ impl Drop for Launcher {
             let _ = self.child.wait();
         }
         if std::thread::panicking() {
-            println!("---- the launcher's log\n{}", self.log());
+            let _ = writeln!(std::io::stderr(), "---- the launcher's log\n{}", self.log());
         }
     }
 }

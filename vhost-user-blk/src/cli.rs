@@ -68,7 +68,7 @@ pub struct DiskArgs {
     #[arg(long, value_name = "PATH[,KEY=VALUE...]", value_parser = DiskConfig::parse_file)]
     pub blk_file: Vec<DiskConfig>,
 
-    /// A disk of SIZE bytes that reads as zeroes and forgets writes, for measurements; repeatable
+    /// A disk of SIZE bytes that ignores reads and writes, for measurements; repeatable
     #[arg(long, value_name = "SIZE[,KEY=VALUE...]", value_parser = DiskConfig::parse_null)]
     pub null: Vec<DiskConfig>,
 

@@ -37,6 +37,9 @@ const TOKEN_POOL: u64 = 1 << 32;
 /// Requests taken from one queue before the others have their turn.
 const BUDGET: usize = 256;
 
+/// Bytes done on the worker's thread before the driver is shown what there is: it can go on meanwhile.
+const INLINE_BATCH: u64 = 128 << 10;
+
 /// What a slot's request waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -104,6 +107,8 @@ pub struct BlkWorker {
     parked: [VecDeque<u32>; 2],
     pool: Pool,
     done: Vec<Done>,
+    /// Bytes done inline since the last look of the driver's.
+    inline_bytes: u64,
 }
 
 fn place(direction: Direction) -> usize {
@@ -129,6 +134,7 @@ impl BlkWorker {
             parked: [VecDeque::new(), VecDeque::new()],
             pool,
             done: Vec::new(),
+            inline_bytes: 0,
         })
     }
 
@@ -253,6 +259,7 @@ impl BlkWorker {
 
     fn inline(&mut self, at: u32, request: Request, durable: bool, cx: &mut UringContext) {
         let slot = &mut self.slots[at as usize];
+        let queue = slot.queue;
         let mut none = IoVecs::new();
         let data = match request {
             Request::Read { .. } => &mut slot.chain.writable,
@@ -264,6 +271,13 @@ impl BlkWorker {
         let result = pool::perform(&*self.store.image, request, data, durable);
         self.count(at, len, read, cx);
         self.conclude(at, result, cx);
+        self.inline_bytes = self.inline_bytes.saturating_add(len);
+        if self.inline_bytes >= INLINE_BATCH {
+            self.inline_bytes = 0;
+            if let Some(queue) = cx.queues.get(queue) {
+                queue.publish();
+            }
+        }
     }
 
     /// Gives a request to the pool.

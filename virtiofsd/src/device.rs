@@ -149,7 +149,8 @@ impl<F: Extension> Device for FsDevice<F> {
     fn withheld_protocol_features(&self) -> u64 {
         use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
         // Requests must not be done twice, and a new process knows none of the old one's inodes.
-        let mut withheld = P::INFLIGHT_SHMFD;
+        // For the same reason a guest cannot be migrated: its inodes' state is not saved.
+        let mut withheld = P::INFLIGHT_SHMFD | P::DEVICE_STATE;
         if self.options.tag.is_none() {
             withheld |= P::CONFIG;
         }

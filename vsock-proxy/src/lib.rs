@@ -63,7 +63,7 @@ pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
     logging::init(&args.log, "vsock-proxy")?;
     let registry = Arc::new(Registry::new("vsock-proxy"));
     let siblings = Arc::new(Siblings::default());
-    let options = SessionOptions { workers: (&args.worker).into(), ..SessionOptions::default() };
+    let options = SessionOptions::new(&args.connection, &args.worker);
     let mut endpoints = Vec::new();
     for vm in &vms {
         let counters = Counters::of(&registry.device(&VsockDevice::name_of(&vm.config)));

@@ -72,7 +72,7 @@ impl<'t> Checker<'t> {
             root.sections("volume").into_iter().map(|section| self.volume(section)).collect();
         let nics: Vec<Option<Nic>> =
             root.sections("nic").into_iter().map(|section| self.nic(section)).collect();
-        if volumes.is_empty() && nics.is_empty() && vsock.is_none() {
+        if !["volume", "nic", "vsock"].iter().any(|key| root.has(key)) {
             self.mistakes
                 .add(&(0..0), "the pod has no device; add a [[volume]], [[nic]] or [vsock]");
         }

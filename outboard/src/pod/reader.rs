@@ -65,6 +65,11 @@ impl<'t> Section<'t> {
         found.map_or_else(|| self.span.clone(), |(name, _)| name.span())
     }
 
+    /// Whether `key` is there, right or wrong.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.get(key).is_some()
+    }
+
     fn get(&self, key: &'static str) -> Option<&'t Spanned<DeValue<'t>>> {
         self.asked.borrow_mut().insert(key);
         self.table.get(key)

@@ -386,8 +386,8 @@ impl VsockGuest {
         let addr = self.tx_base + u64::from(slot) * TX_STRIDE;
         self.ram.write(addr, &Packet { len, payload: Vec::new(), ..packet.clone() }.header());
         let end = HEADER as u64;
-        let buffers =
-            [Buffer::readable(addr, u32::try_from(HEADER)?), Buffer::readable(addr + end, len)];
+        let header = u32::try_from(HEADER)?;
+        let buffers = [Buffer::readable(addr, header), Buffer::readable(addr + end, len)];
         self.send_buffers(if len == 0 { &buffers[..1] } else { &buffers }, slot, false)
     }
 
