@@ -342,7 +342,8 @@ fn throughput_rows(name: &str, (ours, peer): (Result<Throughput>, Result<Through
 
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str()));
+    let is_wanted =
+        |name: &str| wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str()));
     say(&format!("{:34} {:10} {:>10} {:>10}", "", "", "ours", "peer"));
     if is_wanted("up") {
         throughput_rows("guest to host, 64 KiB packets", both(guest_to_host));

@@ -20,7 +20,8 @@ pub struct Ports {
 }
 
 /// The ports.
-pub const PORTS: Ports = Ports { echo: 2000, sink: 2001, source: 2002, messages: 2003, guest: 5000 };
+pub const PORTS: Ports =
+    Ports { echo: 2000, sink: 2001, source: 2002, messages: 2003, guest: 5000 };
 /// Bytes each way: 1 GiB.
 pub const BULK: u64 = 1 << 30;
 const CHUNK: usize = 64 << 10;

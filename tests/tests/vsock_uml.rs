@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, accept, bind, listen, recv, send,
-    socket,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, accept, bind, listen, recv,
+    send, socket,
 };
 use testkit::daemon::bin;
 use testkit::guests::{Job, UmlGuest, VirtioId};

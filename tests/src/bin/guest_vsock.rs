@@ -54,9 +54,8 @@ fn listen(port: u32) -> Result<OwnedFd> {
 
 fn accept(listener: &OwnedFd) -> Result<File> {
     // SAFETY: no address is asked for.
-    let fd = unsafe {
-        libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut())
-    };
+    let fd =
+        unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
     ensure!(fd >= 0, "accept: {}", std::io::Error::last_os_error());
     // SAFETY: just made, and nobody else's.
     Ok(unsafe { File::from_raw_fd(fd) })

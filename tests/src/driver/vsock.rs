@@ -386,8 +386,7 @@ impl VsockGuest {
         let addr = self.tx_base + u64::from(slot) * TX_STRIDE;
         self.ram.write(addr, &Packet { len, payload: Vec::new(), ..packet.clone() }.header());
         let end = HEADER as u64;
-        let buffers =
-            [Buffer::readable(addr, HEADER as u32), Buffer::readable(addr + end, len)];
+        let buffers = [Buffer::readable(addr, HEADER as u32), Buffer::readable(addr + end, len)];
         self.send_buffers(if len == 0 { &buffers[..1] } else { &buffers }, slot, false)
     }
 
