@@ -325,7 +325,8 @@ fn fsx_finds_no_difference() {
             .unwrap();
         assert!(
             output.status.success(),
-            "{arguments:?}: {}\n{}",
+            "{arguments:?}: {}: {}\n{}",
+            output.status,
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );

@@ -176,8 +176,10 @@ impl World {
             self.device.unpop(&mut chain);
             assert_eq!(self.order.pop_back(), Some(added.cookie));
             // The one before may go back too, if nothing between them was completed.
+            // Chains are popped in the order of their cookies; one that was completed between the two
+            // would leave a gap.
             self.last_is_latest =
-                self.held.last().is_some_and(|(_, a)| self.order.back() == Some(&a.cookie));
+                self.held.last().is_some_and(|(_, a)| a.cookie + 1 == added.cookie);
             self.waiting.push_front(added);
         }
     }

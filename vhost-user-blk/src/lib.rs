@@ -139,6 +139,7 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     let admin = admin.serve(registry, Arc::new(BlkControl::new(devices.clone())))?;
     resize::watch(devices.clone(), audience).context("thread for sizes")?;
     let reload = Some(Box::new(move || resize::check(&devices)) as daemon::Reload);
+    outboard_common::footprint::give_back_startup_memory();
     let served = daemon::run(endpoints, RunOptions { reload, handover });
     if let Some(admin) = admin {
         admin.join();

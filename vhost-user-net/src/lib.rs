@@ -101,6 +101,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     };
     sandbox::close(&cli.sandbox, &needs).context("cannot close the sandbox")?;
     let _admin = admin.serve(registry, Arc::new(Operator::new(device)))?;
+    outboard_common::footprint::give_back_startup_memory();
     daemon::run(vec![endpoint], RunOptions::default())
 }
 

@@ -172,6 +172,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let admin = admin.serve(registry, control)?;
     // Kata waits for these words.
     tracing::info!("Waiting for vhost-user socket connection...");
+    outboard_common::footprint::give_back_startup_memory();
     let served = daemon::run(vec![endpoint], RunOptions::default());
     if let Some(admin) = admin {
         admin.join();

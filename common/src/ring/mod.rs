@@ -328,7 +328,8 @@ impl Queue {
     }
 
     /// Gives the chain popped last back to the ring, untouched, to be popped again. Only for the
-    /// latest chain not pushed; call again for the one before it, and so on.
+    /// latest chain popped, then for the one before it, and so on; none popped after it may have been
+    /// pushed.
     pub fn unpop(&mut self, chain: &mut Chain) {
         let token = chain.token;
         match &mut self.format {

@@ -13,10 +13,6 @@
 //! the worker's other queues go on. When the session ends the loop returns only after all requests are
 //! done: the kernel must not write into guest memory that is about to be unmapped.
 //!
-//! With many operations in flight a sleep does not end with the first completion but with several, or
-//! after some microseconds: waking up costs more than a request does, and with so many in flight
-//! nobody waits for that one alone.
-//!
 //! With busy-polling on, an idle loop looks at the rings and at the completion queue, which costs no
 //! system call, for as long as recent looks found work and at most the set time.
 #![allow(unsafe_code, reason = "submission queue entries carry raw pointers")]
@@ -43,13 +39,6 @@ const CQ_ENTRIES: u32 = 2048;
 /// Completions copied out of the ring at once.
 const REAP_BATCH: usize = 64;
 
-/// From how many operations in flight on to gather completions, which share of them to wait for, how many
-/// at the most, and how long.
-const GATHER_FROM: u32 = 16;
-const GATHER_SHARE: u32 = 4;
-const GATHER_MAX: u32 = 16;
-const GATHER_US: u32 = 30;
-
 /// `IORING_ENTER_GETEVENTS` and `IORING_ENTER_EXT_ARG`.
 const ENTER_GETEVENTS: u32 = 1;
 const ENTER_EXT_ARG: u32 = 8;
@@ -70,10 +59,6 @@ pub struct UringContext {
     /// The worker's queues.
     pub queues: Queues,
     ring: IoUring,
-    /// Operations submitted and not completed, watches aside.
-    in_flight: u32,
-    /// The kernel can wait for several completions with a time limit.
-    can_gather: bool,
     /// Entries that found the submission queue full.
     backlog: VecDeque<squeue::Entry>,
     deadline: Option<Instant>,
@@ -94,7 +79,6 @@ impl UringContext {
     #[inline]
     pub unsafe fn submit(&mut self, entry: squeue::Entry, token: u64) {
         debug_assert!(token & LOOP_BIT == 0);
-        self.in_flight += 1;
         // SAFETY: handed on from the caller.
         unsafe { self.push(entry.user_data(token)) };
     }
@@ -116,7 +100,7 @@ impl UringContext {
     /// watch lasts as long as the worker.
     pub fn watch(&mut self, fd: RawFd, token: u64) {
         // SAFETY: a poll carries no pointer, and the kernel holds the file.
-        unsafe { self.push(poll(fd).user_data(token)) };
+        unsafe { self.submit(poll(fd), token) };
     }
 
     /// Registers the files that operations can name by their place in `fds` (`types::Fixed`).
@@ -156,20 +140,22 @@ impl UringContext {
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.refill();
         let to_submit = u32::try_from(self.ring.submission().len()).unwrap_or(u32::MAX);
-        let result = match wait {
-            // SAFETY: no argument is passed; the entries are valid by `submit`'s contract.
-            Wait::No => unsafe { self.enter_plain(to_submit, 0) },
-            Wait::Ever if self.can_gather && self.in_flight >= GATHER_FROM => {
-                let args = types::SubmitArgs::new().min_wait_usec(GATHER_US);
-                let want = (self.in_flight / GATHER_SHARE).min(GATHER_MAX);
-                self.enter_with(to_submit, want, &args)
-            }
-            // SAFETY: as above.
-            Wait::Ever => unsafe { self.enter_plain(to_submit, 1) },
+        let mut timespec = types::Timespec::new();
+        let (want, flags) = match wait {
+            Wait::No => (0, ENTER_GETEVENTS),
+            Wait::Ever => (1, ENTER_GETEVENTS),
             Wait::Until(left) => {
-                let timespec = types::Timespec::from(left);
-                self.enter_with(to_submit, 1, &types::SubmitArgs::new().timespec(&timespec))
+                timespec = types::Timespec::from(left);
+                (1, ENTER_GETEVENTS | ENTER_EXT_ARG)
             }
+        };
+        let result = if flags & ENTER_EXT_ARG == 0 {
+            // SAFETY: no argument is passed; the entries are valid by `submit`'s contract.
+            unsafe { self.ring.submitter().enter::<libc::sigset_t>(to_submit, want, flags, None) }
+        } else {
+            let args = types::SubmitArgs::new().timespec(&timespec);
+            // SAFETY: `args` is what EXT_ARG calls for and outlives the call.
+            unsafe { self.ring.submitter().enter(to_submit, want, flags, Some(&args)) }
         };
         match result {
             Ok(_) => Ok(()),
@@ -179,26 +165,6 @@ impl UringContext {
                 _ => Err(e),
             },
         }
-    }
-
-    /// # Safety
-    /// The queued entries are valid.
-    unsafe fn enter_plain(&self, to_submit: u32, want: u32) -> io::Result<usize> {
-        let submitter = self.ring.submitter();
-        // SAFETY: handed on from the caller; no argument is passed.
-        unsafe { submitter.enter::<libc::sigset_t>(to_submit, want, ENTER_GETEVENTS, None) }
-    }
-
-    fn enter_with(
-        &self,
-        to_submit: u32,
-        want: u32,
-        args: &types::SubmitArgs<'_, '_>,
-    ) -> io::Result<usize> {
-        let flags = ENTER_GETEVENTS | ENTER_EXT_ARG;
-        // SAFETY: `args` is what EXT_ARG calls for and outlives the call; the entries are valid by
-        // `submit`'s contract.
-        unsafe { self.ring.submitter().enter(to_submit, want, flags, Some(args)) }
     }
 
     /// Whether the kernel has something for us: a completion, or deferred work that will make one.
@@ -289,12 +255,9 @@ impl<H: UringHandler> UringLoop<H> {
     /// # Errors
     /// The kernel gives no ring.
     pub fn new(handler: H) -> io::Result<Self> {
-        let ring = build_ring()?;
         let cx = UringContext {
             queues: Queues::default(),
-            can_gather: ring.params().is_feature_min_timeout(),
-            ring,
-            in_flight: 0,
+            ring: build_ring()?,
             backlog: VecDeque::new(),
             deadline: None,
         };
@@ -341,9 +304,6 @@ impl<H: UringHandler> UringLoop<H> {
             let full = cqes.len() == REAP_BATCH;
             for cqe in cqes {
                 if cqe.user_data() & LOOP_BIT == 0 {
-                    if !cqueue::more(cqe.flags()) {
-                        self.cx.in_flight = self.cx.in_flight.saturating_sub(1);
-                    }
                     self.handler.on_completion(cqe.user_data(), cqe.result(), &mut self.cx);
                 } else {
                     self.own_event(cqe, control);

@@ -8,7 +8,9 @@
 //! addresses there: the guest has them.
 //!
 //! Unlike a tap, a packet socket cannot be told which offloads the reader takes: frames come as the
-//! sender's side left them. The worker finishes in software what the guest did not negotiate.
+//! sender's side left them. A guest that did not negotiate those offloads gets such frames all the same,
+//! and drops them; every guest of our time negotiates them. VLAN tags that the kernel strips on the way
+//! in are lost.
 #![allow(unsafe_code, reason = "packet sockets have options and addresses of their own")]
 
 use std::io;

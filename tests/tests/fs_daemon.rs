@@ -1,0 +1,233 @@
+//! `virtiofsd` as a process: command lines of those who start it, memory, sessions one after another,
+//! hostile messages, locks between guests. The guest is a client that speaks FUSE into the rings.
+
+#![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use testkit::daemon::{Daemon, bin};
+use testkit::driver::fs::{FsClient, Message, op};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+/// `F_RDLCK` and `F_WRLCK` of a lock request, and the flag that makes it a BSD lock.
+const WRITE_LOCK: u32 = 1;
+const UNLOCK: u32 = 2;
+const LK_FLOCK: u32 = 1;
+
+fn shared_dir() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let shared = dir.path().join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::write(shared.join("file"), "contents").unwrap();
+    (dir, shared)
+}
+
+fn serve(dir: &Path, socket: &str, arguments: &[&str]) -> Daemon {
+    let shared = format!("--shared-dir={}", dir.join("shared").display());
+    let mut all = vec![shared.as_str(), "--sandbox=none"];
+    all.extend(arguments);
+    Daemon::start("virtiofsd", &dir.join(socket), &all).unwrap()
+}
+
+/// SETLK or SETLKW of the whole file.
+fn lock(opcode: u32, inode: u64, handle: u64, owner: u64, kind: u32, flags: u32) -> Message {
+    let words = [handle, owner, 0, i64::MAX.cast_unsigned(), u64::from(kind), u64::from(flags)];
+    Message::new(opcode, inode, &words)
+}
+
+#[test]
+fn kata_starts_it_with_a_listening_descriptor() {
+    let (dir, shared) = shared_dir();
+    let socket = dir.path().join("kata.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    // Kata's words, but for the system log, which a build machine may not have.
+    let script = format!(
+        "exec {} --cache=auto --shared-dir={} --fd=3 --thread-pool-size=1 --announce-submounts 3<&{}",
+        bin("virtiofsd").unwrap().display(),
+        shared.display(),
+        listener.as_raw_fd(),
+    );
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let mut child =
+        Command::new("sh").args(["-c", &script]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let ready = lines
+        .find(|line| line.as_ref().unwrap().contains("Waiting for vhost-user socket connection"));
+    assert!(ready.is_some());
+    let mut guest = FsClient::start(&socket, 1, 1).unwrap();
+    assert!(guest.lookup(1, "file").unwrap() > 1);
+    drop(guest);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn it_is_small_and_soon_ready() {
+    let (dir, _shared) = shared_dir();
+    let start = Instant::now();
+    let daemon = serve(dir.path(), "s", &[]);
+    let ready = start.elapsed();
+    let idle = daemon.private_bytes().unwrap();
+    // A debug build's relocations count too; the figures for releases are in the benchmark.
+    assert!(idle < 12 << 20, "{idle} bytes");
+    assert!(ready < Duration::from_secs(2), "{ready:?}");
+    let mut guest = FsClient::start(daemon.socket(), 1, 1).unwrap();
+    guest.lookup(1, "file").unwrap();
+    let serving = daemon.private_bytes().unwrap();
+    assert!(serving < 16 << 20, "{serving} bytes");
+}
+
+#[test]
+fn the_next_guest_starts_afresh() {
+    let (dir, _shared) = shared_dir();
+    let mut daemon = serve(dir.path(), "s", &[]);
+    let mut first = FsClient::start(daemon.socket(), 2, 1).unwrap();
+    let inode = first.lookup(1, "file").unwrap();
+    let handle = first.open(inode, libc::O_RDWR).unwrap();
+    let fds = daemon.open_fds().unwrap();
+    drop(first);
+
+    let mut second = FsClient::start(daemon.socket(), 2, 1).unwrap();
+    let stale = second.call(Message::read(inode, handle, 0, 4096)).unwrap();
+    assert_ne!(stale.errno, 0, "the handle of a guest that left still works");
+    let inode = second.lookup(1, "file").unwrap();
+    let handle = second.open(inode, libc::O_RDWR).unwrap();
+    assert!(daemon.open_fds().unwrap() <= fds, "descriptors of the first guest stay open");
+    let answer = second.call(Message::read(inode, handle, 0, 4096)).unwrap();
+    assert_eq!((answer.errno, answer.len), (0, 16 + 8));
+    assert_eq!(second.ram().bytes(second.data_at(0).1, 8), b"contents");
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn malformed_messages_end_nothing() {
+    let (dir, _shared) = shared_dir();
+    let mut daemon = serve(dir.path(), "s", &[]);
+    let mut guest = FsClient::start(daemon.socket(), 1, 1).unwrap();
+    for opcode in 0..60 {
+        for body in [&b""[..], b"x", &[0xff; 64], &[0; 200]] {
+            // INIT and DESTROY end the session, FORGET has no reply.
+            if matches!(opcode, op::FORGET | op::INIT | 38 | op::INTERRUPT | 42) {
+                continue;
+            }
+            let body = body.to_vec();
+            let message = Message { opcode, nodeid: u64::MAX, body, ..Message::default() };
+            let answer = guest.call(message).unwrap();
+            if opcode == 0 || opcode == 7 || opcode > 53 {
+                assert_eq!(answer.errno, libc::ENOSYS, "{opcode}");
+            }
+        }
+    }
+    for name in ["..", ".", "", "a/b", "/etc/passwd"] {
+        assert!(guest.lookup(1, name).is_err(), "{name}");
+    }
+    assert!(guest.lookup(1, "file").is_ok());
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn two_guests_exclude_each_other() {
+    let (dir, _shared) = shared_dir();
+    let locks = ["--posix-lock", "--flock"];
+    let (one, two) = (serve(dir.path(), "one", &locks), serve(dir.path(), "two", &locks));
+    let mut guests: Vec<(FsClient, u64, u64)> = [&one, &two]
+        .iter()
+        .map(|daemon| {
+            let mut guest = FsClient::start(daemon.socket(), 1, 4).unwrap();
+            let inode = guest.lookup(1, "file").unwrap();
+            let handle = guest.open(inode, libc::O_RDWR).unwrap();
+            (guest, inode, handle)
+        })
+        .collect();
+    let (mut b, b_inode, b_handle) = guests.pop().unwrap();
+    let (mut a, a_inode, a_handle) = guests.pop().unwrap();
+    for flags in [LK_FLOCK, 0] {
+        let a_lock = |kind| lock(op::SETLK, a_inode, a_handle, 7, kind, flags);
+        assert_eq!(a.call(a_lock(WRITE_LOCK)).unwrap().errno, 0);
+        let b_try = lock(op::SETLK, b_inode, b_handle, 8, WRITE_LOCK, flags);
+        assert_eq!(b.call(b_try).unwrap().errno, libc::EAGAIN);
+
+        // The second guest waits; its other requests go on.
+        let b_wait = lock(op::SETLKW, b_inode, b_handle, 8, WRITE_LOCK, flags);
+        b.add(1, 1, &b_wait).unwrap();
+        b.queues[1].kick();
+        assert!(b.lookup(1, "file").is_ok());
+        assert_eq!(a.call(a_lock(UNLOCK)).unwrap().errno, 0);
+        let used = b.queues[1].wait(PATIENCE).unwrap();
+        assert_eq!((used.cookie, b.answer(1, used.len).unwrap().errno), (1, 0));
+
+        // Now the first one waits, and gives up.
+        let a_wait = lock(op::SETLKW, a_inode, a_handle, 7, WRITE_LOCK, flags);
+        let unique = a.add(1, 2, &a_wait).unwrap();
+        a.queues[1].kick();
+        assert!(a.lookup(1, "file").is_ok());
+        a.add(0, 3, &Message::new(op::INTERRUPT, 0, &unique)).unwrap();
+        a.queues[0].kick();
+        a.queues[0].wait(PATIENCE).unwrap();
+        let used = a.queues[1].wait(PATIENCE).unwrap();
+        assert_eq!((used.cookie, a.answer(2, used.len).unwrap().errno), (2, libc::EINTR));
+        let b_free = lock(op::SETLK, b_inode, b_handle, 8, UNLOCK, flags);
+        assert_eq!(b.call(b_free).unwrap().errno, 0);
+    }
+}
+
+#[test]
+fn fsyncs_come_back_from_the_slow_threads() {
+    let (dir, _shared) = shared_dir();
+    let daemon = serve(dir.path(), "s", &[]);
+    let mut guest = FsClient::start(daemon.socket(), 1, 8).unwrap();
+    let inode = guest.lookup(1, "file").unwrap();
+    let handle = guest.open(inode, libc::O_RDWR).unwrap();
+    for round in 0..50 {
+        guest.ram().fill(guest.data_at(0).0, 4096, 7);
+        guest.call(Message::write(inode, handle, round * 4096, 4096)).unwrap();
+        for slot in 1..4 {
+            let sync = Message::new(op::FSYNC, inode, &[handle, 0]);
+            guest.add(1, slot, &sync).unwrap();
+        }
+        guest.queues[1].kick();
+        let mut seen = Vec::new();
+        while seen.len() < 3 {
+            let used = guest.queues[1].wait(PATIENCE).unwrap();
+            let slot = usize::try_from(used.cookie).unwrap();
+            assert_eq!(guest.answer(slot, used.len).unwrap().errno, 0);
+            seen.push(slot);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, [1, 2, 3]);
+    }
+}
+
+#[test]
+fn capabilities_are_told_whatever_else_is_asked() {
+    let output = Command::new(bin("virtiofsd").unwrap())
+        .args(["--print-capabilities", "-o", "nonsense"])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("\"type\": \"fs\"") && text.contains("separate-options"), "{text}");
+}
+
+#[test]
+fn mistakes_end_with_one_line_and_code_one() {
+    for (arguments, part) in [
+        (&["--shared-dir=/nowhere/at/all", "--socket-path=/tmp/never"][..], "/nowhere/at/all"),
+        (&["--shared-dir=/tmp"], "--socket-path"),
+        (&["--socket-path=/tmp/never"], "--shared-dir"),
+        (&["-o", "bogus"], "bogus"),
+        (&["--shared-dir=/tmp", "--socket-path=/tmp/never", "--xattrmap=junk"], "xattrmap"),
+        (&["--shared-dir=/tmp", "--socket-path=/tmp/never", "--translate-uid=x"], "translate-uid"),
+    ] {
+        let output = Command::new(bin("virtiofsd").unwrap()).args(arguments).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+        assert!(text.contains(part) && text.lines().count() == 1, "{arguments:?}: {text}");
+    }
+}
