@@ -249,7 +249,6 @@ fn bad_segments() {
 #[test]
 fn memory_disk() {
     let mut b = bench(RingFormat::Packed, &["--memory=1M"]);
-    // What is copied by other threads.
     let large: Vec<u8> = (0..1u32 << 20).map(|i| (i % 249) as u8).collect();
     b.slot.set_data(&large);
     assert_eq!(b.run(RequestType::OUT, 0, 1 << 20), S_OK);

@@ -264,13 +264,11 @@ impl BlkWorker {
                 // SAFETY: a flush carries no pointer.
                 unsafe { cx.submit(RawImage::flush_entry(), u64::from(at)) };
             }
-            (Route::Inline { large }, request)
-                if self.slots[at as usize].bytes(&request) < *large =>
-            {
+            (Route::Inline, request) => {
                 let durable = through();
                 self.inline(at, request, durable, cx);
             }
-            (Route::Ring(_) | Route::Inline { .. } | Route::Threads, request) => {
+            (Route::Ring(_) | Route::Threads, request) => {
                 let durable = through();
                 self.hand_over(at, request, durable);
             }

@@ -173,12 +173,8 @@ pub trait Image: Send + Sync + std::fmt::Debug {
 pub enum Route {
     /// Through the worker's io_uring, on this image's descriptors.
     Ring(Arc<RawImage>),
-    /// On the worker's thread, since nothing can block. Transfers of `large` bytes and more go to
-    /// other threads all the same: several copy at once, and the worker goes on meanwhile.
-    Inline {
-        /// Bytes.
-        large: usize,
-    },
+    /// On the worker's thread, since nothing can block.
+    Inline,
     /// On other threads.
     Threads,
 }

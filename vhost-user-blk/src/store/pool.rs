@@ -1,4 +1,4 @@
-//! Threads for what would hold a worker up: every operation of qcow2, discards and zeroes, large copies.
+//! Threads for what would block a worker: every operation of qcow2, and discards and zeroes.
 //!
 //! A worker hands a [`Job`] over and goes on; the job's end wakes the worker's ring through an eventfd.
 //! Threads are made when there is work and none is idle, and end with the worker.

@@ -8,7 +8,7 @@
 //!
 //! On tmpfs and on RAM-backed block devices nothing ever waits for hardware, so a plain `preadv2` on
 //! the worker's thread is cheaper than a trip through io_uring, which for tmpfs would hand each request
-//! to a kernel thread. Large transfers are the exception: see [`Route::Inline`].
+//! to a kernel thread.
 #![allow(unsafe_code, reason = "preadv2/pwritev2 on guest memory, block device ioctls")]
 
 use std::fs::File;
@@ -32,8 +32,6 @@ const IOV_MAX: usize = 1024;
 const SAFE_ALIGNMENT: u32 = 4096;
 /// Zeroes written at once where nothing better is possible.
 const ZERO_CHUNK: usize = 64 << 10;
-/// Bytes whose copying takes so much longer than waking a thread that one is woken for it.
-const LARGE_COPY: usize = 256 << 10;
 
 /// `_IO(0x12, 119)` and `_IO(0x12, 127)` of linux/fs.h.
 const BLKDISCARD: libc::c_ulong = 0x1277;
@@ -207,8 +205,7 @@ impl RawImage {
         };
         let image = Arc::new(Self { buffered, direct, block_device, blocks });
         image.check_size(path)?;
-        let route =
-            if inline { Route::Inline { large: LARGE_COPY } } else { Route::Ring(image.clone()) };
+        let route = if inline { Route::Inline } else { Route::Ring(image.clone()) };
         Ok(Store { image, route })
     }
 
@@ -217,7 +214,7 @@ impl RawImage {
     pub fn in_memory(file: File) -> Store {
         let blocks = Blocks { logical: 512, physical: 4096, discard: 4096 };
         let image = Self { buffered: file, direct: None, block_device: false, blocks };
-        Store { image: Arc::new(image), route: Route::Inline { large: LARGE_COPY } }
+        Store { image: Arc::new(image), route: Route::Inline }
     }
 
     fn check_size(&self, path: &Path) -> Result<(), OpenError> {
