@@ -32,7 +32,6 @@ use outboard_common::daemon::{self, Endpoint, RunOptions};
 use outboard_common::handover::{Handover, TakenOver};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
-use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
 
 use crate::cli::BlkArgs;
@@ -89,19 +88,8 @@ fn endpoints(
     let options = SessionOptions::new(&args.socket, &args.worker);
     let mut endpoints = Vec::new();
     for (disk, device) in disks.iter().zip(devices) {
-        let name = &disk.device.name;
-        let path = match &disk.socket {
-            SocketChoice::Listen(path) => Some(path.clone()),
-            _ => None,
-        };
-        let transport = match taken.transport(name, path) {
-            Some(transport) => transport,
-            None => Transport::open(&disk.socket)?,
-        };
-        let mut endpoint =
-            Endpoint::new(device.clone(), transport, options.clone()).counted_in(registry);
-        endpoint.inherited = taken.session(name);
-        endpoints.push(endpoint);
+        let endpoint = taken.endpoint(device.clone(), &disk.socket, options.clone())?;
+        endpoints.push(endpoint.counted_in(registry));
     }
     Ok(endpoints)
 }

@@ -504,7 +504,10 @@ impl Session {
         if let Some(iotlb) = self.memory.load().iotlb() {
             iotlb.set_channel(Some(channel.clone()));
         }
-        self.channel = Some(channel.clone());
+        if let Some(old) = self.channel.replace(channel.clone()) {
+            // Whoever waits for an answer there would be waited for when its ring is stopped.
+            old.interrupt();
+        }
         self.device.set_channel(Some(channel));
         Ok(())
     }
