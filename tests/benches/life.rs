@@ -25,6 +25,8 @@ use testkit::toolroot::ToolRoot;
 const RUNS: usize = 21;
 /// How long the attached guest is idle while CPU time is counted.
 const IDLE: Duration = Duration::from_secs(2);
+/// After a guest attached, until its daemon has nothing left to tidy up.
+const SETTLING: Duration = Duration::from_millis(1500);
 /// Between two tries to connect.
 const STEP: Duration = Duration::from_micros(50);
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,6 +75,8 @@ impl Running {
     fn start(subject: &Subject, socket: &Path) -> Result<(Self, UnixStream, Instant, f64)> {
         let mut command = Command::new(bin(subject.name)?);
         command.arg("--socket-path").arg(socket).args(&subject.arguments);
+        // What it logs is in nobody's way here; what it fails with is.
+        command.arg("--log-level=warn");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
         if let Some(namespace) = &subject.namespace {
             namespace.enter(&mut command);
@@ -158,7 +162,7 @@ fn one_guest(subject: &Subject, socket: &Path) -> Result<(Memory, Duration, f64)
     let attached = front_end.attach(&ram, &options)?;
     // Until all rings have started.
     front_end.get_features()?;
-    sleep(Duration::from_millis(200));
+    sleep(SETTLING);
     let before = running.on_cpu()?;
     sleep(IDLE);
     let burnt = running.on_cpu()? - before;
