@@ -27,8 +27,11 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::transport::Transport;
-use crate::vhost_user::session::SavedSession;
+use crate::cli::SocketChoice;
+use crate::daemon::Endpoint;
+use crate::device::Device;
+use crate::transport::{Transport, TransportError};
+use crate::vhost_user::session::{SavedSession, SessionOptions};
 
 /// Descriptors in one message; the kernel's limit is 253.
 const FDS_AT_ONCE: usize = 64;
@@ -107,6 +110,29 @@ impl TakenOver {
             .with_context(|| format!("taking over from the daemon at {}", path.display()))?;
         tracing::info!(endpoints = taken.items.len(), "took over from the daemon before");
         Ok(taken)
+    }
+
+    /// The endpoint of `device`: with the socket and the session that the daemon before left, or else
+    /// with a socket made as `choice` says.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn endpoint(
+        &mut self,
+        device: Arc<dyn Device>,
+        choice: &SocketChoice,
+        options: SessionOptions,
+    ) -> Result<Endpoint, TransportError> {
+        let path = match choice {
+            SocketChoice::Listen(path) => Some(path.clone()),
+            SocketChoice::Dial(_) | SocketChoice::Inherited(_) => None,
+        };
+        let transport = match self.transport(device.name(), path) {
+            Some(transport) => transport,
+            None => Transport::open(choice)?,
+        };
+        let inherited = self.session(device.name());
+        Ok(Endpoint { inherited, ..Endpoint::new(device, transport, options) })
     }
 
     /// The listening socket of the device `name`, if it came.

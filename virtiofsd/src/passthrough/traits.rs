@@ -414,7 +414,9 @@ impl Extension for PassthroughFs {
         data: &IoVecs,
         wait: Wait,
     ) -> io::Result<usize> {
-        self.growing(request.inode, || self.do_write(request, data, wait))
+        // Of a request that goes back into its ring, an append must not have been done.
+        let repeatable = request.flags & libc::O_APPEND.cast_unsigned() == 0;
+        self.growing(request.inode, repeatable, || self.do_write(request, data, wait))
     }
 
     fn attr_flags(&self, inode: u64, attr: &stat64) -> u32 {
@@ -517,7 +519,9 @@ impl Extension for PassthroughFs {
 
     fn copy_file_range(&self, _ctx: &Context, range: &CopyRange) -> io::Result<u64> {
         self.refresh_mapping(range.inode_in)?;
-        self.growing(range.inode_out, || self.do_copy_file_range(range))
+        // Within one file the copied bytes may be among those that were copied over.
+        let repeatable = range.inode_in != range.inode_out;
+        self.growing(range.inode_out, repeatable, || self.do_copy_file_range(range))
     }
 
     fn dax_window(&self) -> u64 {
