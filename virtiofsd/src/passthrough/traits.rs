@@ -1,8 +1,8 @@
 //! The passthrough as the FUSE server's [`FileSystem`] and [`Extension`].
 
 use std::ffi::CStr;
-use std::io;
-use std::os::fd::AsFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -369,6 +369,22 @@ impl FileSystem for PassthroughFs {
 impl Extension for PassthroughFs {
     fn negotiate(&self, capable: u64) -> io::Result<u64> {
         self.start_session(capable)
+    }
+
+    fn can_save(&self) -> bool {
+        self.is_savable()
+    }
+
+    fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
+        self.save_bytes(to)
+    }
+
+    fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
+        self.save_with_fds(to, fds)
+    }
+
+    fn load(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
+        self.load_from(from, fds)
     }
 
     fn on_thread(&self) {
