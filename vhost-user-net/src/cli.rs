@@ -97,7 +97,8 @@ pub struct BackendArgs {
     /// address; it may send from no other one), allow-ip (repeatable), isolated (on: no frames
     /// between it and other isolated ports), client (on: dial the socket), tx-packets, tx-bytes,
     /// rx-packets, rx-bytes
-    #[arg(long, value_name = "socket=PATH[,KEY=VALUE...]", requires = "switch")]
+    #[arg(long, value_name = "socket=PATH[,KEY=VALUE...]", requires = "switch", conflicts_with_all = ["netns", "queue_pairs", "socket_path", "fd", "client", "mac",
+                                "any_mac", "allow_ip", "pcap"])]
     pub port: Vec<PortConfig>,
 
     /// Network namespace that the interface lives in, like /run/netns/pod1
