@@ -18,6 +18,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::dax::ChannelWindow;
+use crate::fuse::extension::Origin;
 use crate::fuse::{Extension, Limits, Server};
 use crate::slow_pool::SlowPool;
 use crate::worker::FsWorker;
@@ -128,12 +129,12 @@ impl<F: Extension> FsDevice<F> {
         self.server.set_window(channel.map(|c| Arc::new(ChannelWindow::new(c)) as _));
     }
 
-    fn load_with(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
+    fn load_with(&self, from: &mut dyn Read, origin: Origin) -> anyhow::Result<()> {
         let mut started = [0];
         from.read_exact(&mut started).context("the saved state is empty")?;
         self.server.reset();
         if started != [0] {
-            let flags = self.server.file_system().load(from, fds)?;
+            let flags = self.server.file_system().load(from, origin)?;
             self.server.resume(Some(flags));
         }
         Ok(())
@@ -229,7 +230,7 @@ impl<F: Extension> Device for FsDevice<F> {
     }
 
     fn load(&self, from: &mut dyn Read) -> anyhow::Result<()> {
-        self.load_with(from, Vec::new())
+        self.load_with(from, Origin::Vmm)
     }
 
     fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
@@ -257,7 +258,7 @@ impl<F: Extension> Device for FsDevice<F> {
         }
         let mut file = File::from(fds.remove(0));
         file.seek(SeekFrom::Start(0))?;
-        self.load_with(&mut from.chain(file), fds)
+        self.load_with(&mut from.chain(file), Origin::Predecessor(fds))
     }
 }
 
