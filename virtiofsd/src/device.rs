@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
+use outboard_common::metrics::DeviceMetrics;
 use outboard_common::vhost_user::backend_channel::BackendChannel;
 use outboard_common::worker::EventLoop;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -21,7 +22,7 @@ use crate::dax::ChannelWindow;
 use crate::fuse::extension::Origin;
 use crate::fuse::{Extension, Limits, Server};
 use crate::slow_pool::SlowPool;
-use crate::worker::FsWorker;
+use crate::worker::{FsWorker, Gauges};
 
 /// Bytes of a tag in configuration space; shorter tags end with NUL.
 pub const TAG_SIZE: usize = 36;
@@ -88,6 +89,8 @@ pub struct DeviceOptions {
     pub slow_threads: usize,
     /// For INIT.
     pub limits: Limits,
+    /// Where the device's queues are counted.
+    pub metrics: Arc<DeviceMetrics>,
 }
 
 /// A virtio-fs device in front of the file system `F`.
@@ -192,8 +195,10 @@ impl<F: Extension> Device for FsDevice<F> {
         usize::from(queue)
     }
 
-    fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
-        let worker = FsWorker::new(self.server.clone(), self.pool.clone())?;
+    fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
+        // A queue has the worker of its number.
+        let gauges = Gauges::new(&self.options.metrics, u16::try_from(worker)?);
+        let worker = FsWorker::new(self.server.clone(), self.pool.clone(), gauges)?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))
     }

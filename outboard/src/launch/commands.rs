@@ -35,6 +35,12 @@ impl Kind {
         }
     }
 
+    /// Whether a newer process of the program can take the guest over from the running one.
+    #[must_use]
+    pub fn hands_over(self) -> bool {
+        matches!(self, Self::Fs | Self::Blk)
+    }
+
     /// A short word for tables.
     #[must_use]
     pub fn word(self) -> &'static str {
@@ -62,6 +68,8 @@ pub struct DaemonSpec {
     pub metrics: PathBuf,
     /// Where its log goes.
     pub log: PathBuf,
+    /// Where a newer process takes over from it, if its program can.
+    pub handover: Option<PathBuf>,
 }
 
 /// The daemons of a pod, one a device, in the order of [`Pod::device_names`].
@@ -84,10 +92,13 @@ pub fn daemons(pod: &Pod, layout: &Layout) -> Vec<DaemonSpec> {
 
 fn spec(layout: &Layout, name: &str, kind: Kind, own: Vec<OsString>) -> DaemonSpec {
     let (socket, metrics) = (layout.socket(name), layout.metrics(name));
+    let handover = kind.hands_over().then(|| layout.handover(name));
     let mut arguments =
         vec![option("--socket-path", &socket), option("--metrics-socket", &metrics)];
+    arguments.extend(handover.iter().map(|path| option("--handover-socket", path)));
     arguments.extend(own);
-    DaemonSpec { name: name.to_owned(), kind, arguments, socket, metrics, log: layout.log(name) }
+    let log = layout.log(name);
+    DaemonSpec { name: name.to_owned(), kind, arguments, socket, metrics, log, handover }
 }
 
 fn option(name: &str, value: impl AsRef<Path>) -> OsString {
@@ -199,11 +210,11 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "virtiofsd --socket-path=/r/d.sock --metrics-socket=/r/d.metrics --shared-dir=/d \
+                "virtiofsd --socket-path=/r/d.sock --metrics-socket=/r/d.metrics --handover-socket=/r/d.handover --shared-dir=/d \
                  --tag=work --cache=never --readonly",
-                "vhost-user-blk --socket-path=/r/i.sock --metrics-socket=/r/i.metrics \
+                "vhost-user-blk --socket-path=/r/i.sock --metrics-socket=/r/i.metrics --handover-socket=/r/i.handover \
                  --blk-file=/a,,b,name=i,format=qcow2,readonly=on,iops=10240:20480,bps=1048576:104858",
-                "vhost-user-blk --socket-path=/r/n.sock --metrics-socket=/r/n.metrics \
+                "vhost-user-blk --socket-path=/r/n.sock --metrics-socket=/r/n.metrics --handover-socket=/r/n.handover \
                  --blk-file=/dev/x,name=n,format=raw,cache=direct --poll-us=7",
             ]
         );

@@ -65,6 +65,7 @@ impl RunDir {
             // A log of the pod's last run would be taken for this one's.
             let _ = fs::remove_file(&daemon.log);
             files.extend([&daemon.socket, &daemon.metrics, &daemon.log].map(Clone::clone));
+            files.extend(daemon.handover.clone());
         }
         Ok(Self { layout: layout.clone(), files, _lock: lock })
     }

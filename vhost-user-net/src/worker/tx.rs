@@ -68,11 +68,13 @@ impl TxSide {
     /// Sends what waits, up to the budget.
     pub(super) fn turn(&mut self, io: &mut BatchIo, queue: &mut Queue) -> Turn {
         let mut left = BUDGET;
+        let mut begun = Instant::now();
         loop {
             let (count, end) = self.fill(queue, left.min(BATCH));
             if count > 0 {
                 self.send(io, queue, count);
                 queue.publish();
+                begun = self.metrics.tx_latency.record_since(begun, count as u64);
                 left = left.saturating_sub(count);
             }
             match end {
