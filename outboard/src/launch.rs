@@ -8,8 +8,8 @@
 //! Order: run directory and its lock → daemons, each until it listens → the VMM's arguments are
 //! printed → (with `--exec`) the VMM → ... → the VMM is stopped → the daemons → the directory is emptied.
 //!
-//! An upgrade (SIGUSR1, `outboard upgrade`) starts a newer process beside each daemon that can hand its
-//! guest over; the older one ends when that is done, and goes on when the newer one fails before.
+//! An upgrade (SIGUSR1, `outboard upgrade`) starts a newer process beside each daemon; the older one ends
+//! when it has handed its guest over, and goes on when the newer one fails before.
 
 pub mod commands;
 mod readiness;
@@ -173,7 +173,7 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Has newer processes take over from those daemons that can hand their guests over.
+    /// Has newer processes take over from the daemons.
     fn upgrade_services(&mut self) {
         for service in &mut self.services {
             if let Err(error) = service.upgrade(&self.launch.bin_dir) {

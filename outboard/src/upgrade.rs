@@ -61,16 +61,12 @@ enum Outcome {
     Waiting,
     Done,
     Failed,
-    /// Its program hands no guest over.
-    Left,
     /// It did not run.
     Down,
 }
 
 fn outcome(before: &DeviceState, now: &DeviceState) -> Outcome {
-    if !before.kind.hands_over() {
-        Outcome::Left
-    } else if now.upgrades != before.upgrades {
+    if now.upgrades != before.upgrades {
         Outcome::Done
     } else if now.failed_upgrades != before.failed_upgrades {
         Outcome::Failed
@@ -88,7 +84,6 @@ fn tell(before: &PodState, after: &PodState) -> Result<()> {
         let program = now.kind.program();
         let line = match outcome(then, now) {
             Outcome::Done => format!("a newer {program} has taken over"),
-            Outcome::Left => format!("left as it is: {program} hands no guest over"),
             Outcome::Down => format!("{program} was down; it starts anew by itself"),
             Outcome::Failed | Outcome::Waiting => {
                 failed += 1;

@@ -32,11 +32,18 @@ struct Recipe {
     name: &'static str,
     /// Debian packages, or apt patterns of them: names of kernel packages change with each upload.
     packages: &'static [&'static str],
+    /// It has kernels, whose modules are made ready for guests.
+    kernels: bool,
 }
+
+/// DPDK's testpmd, as a driver and generator that polls. Apart, since few need it.
+const DPDK: Recipe =
+    Recipe { name: "dpdk", packages: &["dpdk-dev", "busybox-static"], kernels: false };
 
 /// Guests, VMMs, the peers and the guests' tools: everything but DPDK.
 const GUESTS: Recipe = Recipe {
     name: "guests",
+    kernels: true,
     packages: &[
         "user-mode-linux",
         "qemu-system-x86",
@@ -71,6 +78,17 @@ impl ToolRoot {
     pub fn guests() -> Result<&'static Self> {
         static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
         ROOT.get_or_init(|| build::cached(&GUESTS).map(|path| Self { path }))
+            .as_ref()
+            .map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// The root with DPDK, built on first use.
+    ///
+    /// # Errors
+    /// As [`Self::guests`].
+    pub fn dpdk() -> Result<&'static Self> {
+        static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
+        ROOT.get_or_init(|| build::cached(&DPDK).map(|path| Self { path }))
             .as_ref()
             .map_err(|error| anyhow!("{error:#}"))
     }

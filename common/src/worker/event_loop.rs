@@ -6,6 +6,11 @@
 //! look after unmuting found nothing. A handler that leaves chains in the ring on purpose (receive
 //! queues) says [`Progress::Waiting`] and is not asked again before a kick or an event of its own.
 //!
+//! The loop goes in rounds: whatever happened, each queue gets one turn a round at the most, and one
+//! that is refilled while it is emptied gets its next turn in the next round. So queues with work share
+//! the thread evenly, and a driver that keeps one of them full holds up neither the others nor the
+//! session.
+//!
 //! With busy-polling on, an idle loop spins over `has_available` and a non-blocking `epoll_wait` for
 //! as long as recent spins found work, at most the set time, before it sleeps.
 
@@ -18,7 +23,7 @@ use epoll::{ControlOptions, Event, Events};
 
 use super::{Command, Control};
 use crate::ring::Queue;
-use crate::sys::EventFd;
+use crate::sys::{EventFd, epoll_wait_for};
 
 /// What a handler left behind in a queue after a kick.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,6 +177,8 @@ pub trait QueueHandler: Send {
 pub struct EventLoop<H> {
     handler: H,
     cx: Context,
+    /// Queues that get a turn in this round; empty between rounds.
+    round: Vec<u16>,
     /// Kicks registered, to be removed when the queue stops.
     kicks: Vec<(u16, RawFd)>,
     /// Spinning: how long the next one may last, adapted to success.
@@ -189,7 +196,7 @@ impl<H: QueueHandler> EventLoop<H> {
     pub fn new(handler: H) -> io::Result<Self> {
         let epoll = epoll::create(true)?;
         let cx = Context { queues: Queues::default(), epoll, deadline: None, again: Vec::new() };
-        Ok(Self { handler, cx, kicks: Vec::new(), spin: Duration::ZERO })
+        Ok(Self { handler, cx, round: Vec::new(), kicks: Vec::new(), spin: Duration::ZERO })
     }
 
     /// Serves until the session is over. The whole life of a worker's thread.
@@ -241,7 +248,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 if let Some(queue) = self.cx.queues.get(index) {
                     queue.metrics().kicks.add(1);
                 }
-                self.kick(index);
+                self.cx.ask(index);
             } else {
                 outside = true;
                 self.handler.on_event(token, Events::from_bits_truncate(bits), &mut self.cx);
@@ -250,7 +257,9 @@ impl<H: QueueHandler> EventLoop<H> {
         if outside {
             self.publish_all();
         }
-        for index in std::mem::take(&mut self.cx.again) {
+        // Whoever asks from here on is served in the next round.
+        std::mem::swap(&mut self.round, &mut self.cx.again);
+        while let Some(index) = self.round.pop() {
             self.kick(index);
         }
         if self.cx.deadline.is_some_and(|d| d <= Instant::now()) {
@@ -267,25 +276,22 @@ impl<H: QueueHandler> EventLoop<H> {
         }
     }
 
-    /// Lets the handler empty queue `index`.
+    /// Gives the handler a turn of queue `index`. What it left, or the driver added meanwhile, gets one
+    /// in the next round.
     fn kick(&mut self, index: u16) {
-        loop {
-            let Some(queue) = self.cx.queues.get(index) else { return };
-            queue.disable_notifications();
-            let progress = self.handler.on_kick(index, &mut self.cx);
-            // The handler may have filled other queues too (vsock answers on its receive queue).
-            self.publish_all();
-            let Some(queue) = self.cx.queues.get(index) else { return };
-            match progress {
-                Progress::Waiting => return,
-                Progress::More => {
+        let Some(queue) = self.cx.queues.get(index) else { return };
+        queue.disable_notifications();
+        let progress = self.handler.on_kick(index, &mut self.cx);
+        // The handler may have filled other queues too (vsock answers on its receive queue).
+        self.publish_all();
+        let Some(queue) = self.cx.queues.get(index) else { return };
+        match progress {
+            Progress::Waiting => {}
+            Progress::More => self.cx.ask(index),
+            Progress::Emptied => {
+                if queue.enable_notifications() {
+                    queue.disable_notifications();
                     self.cx.ask(index);
-                    return;
-                }
-                Progress::Emptied => {
-                    if !queue.enable_notifications() {
-                        return;
-                    }
                 }
             }
         }
@@ -424,14 +430,21 @@ impl Drop for Context {
     }
 }
 
-/// `epoll_wait` with an optional time-out, rounded up to milliseconds; an interrupted wait is an
-/// empty one.
+/// `epoll_wait` with an optional time-out; an interrupted wait is an empty one. A kernel that knows
+/// only milliseconds waits a little longer.
 fn wait_for(epoll: RawFd, timeout: Option<Duration>, events: &mut [Event]) -> io::Result<usize> {
-    let millis = match timeout {
-        None => -1,
-        Some(t) => i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
+    let millis = |t: Duration| i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
+    let result = match timeout {
+        None => epoll::wait(epoll, -1, events),
+        Some(Duration::ZERO) => epoll::wait(epoll, 0, events),
+        Some(t) => match epoll_wait_for(epoll, t, events) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => {
+                epoll::wait(epoll, millis(t), events)
+            }
+            result => result,
+        },
     };
-    match epoll::wait(epoll, millis, events) {
+    match result {
         Ok(n) => Ok(n),
         Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
         Err(e) => Err(e),

@@ -35,12 +35,6 @@ impl Kind {
         }
     }
 
-    /// Whether a newer process of the program can take the guest over from the running one.
-    #[must_use]
-    pub fn hands_over(self) -> bool {
-        matches!(self, Self::Fs | Self::Blk)
-    }
-
     /// A short word for tables.
     #[must_use]
     pub fn word(self) -> &'static str {
@@ -68,8 +62,8 @@ pub struct DaemonSpec {
     pub metrics: PathBuf,
     /// Where its log goes.
     pub log: PathBuf,
-    /// Where a newer process takes over from it, if its program can.
-    pub handover: Option<PathBuf>,
+    /// Where a newer process takes over from it.
+    pub handover: PathBuf,
 }
 
 /// The daemons of a pod, one a device, in the order of [`Pod::device_names`].
@@ -92,10 +86,12 @@ pub fn daemons(pod: &Pod, layout: &Layout) -> Vec<DaemonSpec> {
 
 fn spec(layout: &Layout, name: &str, kind: Kind, own: Vec<OsString>) -> DaemonSpec {
     let (socket, metrics) = (layout.socket(name), layout.metrics(name));
-    let handover = kind.hands_over().then(|| layout.handover(name));
-    let mut arguments =
-        vec![option("--socket-path", &socket), option("--metrics-socket", &metrics)];
-    arguments.extend(handover.iter().map(|path| option("--handover-socket", path)));
+    let handover = layout.handover(name);
+    let mut arguments = vec![
+        option("--socket-path", &socket),
+        option("--metrics-socket", &metrics),
+        option("--handover-socket", &handover),
+    ];
     arguments.extend(own);
     let log = layout.log(name);
     DaemonSpec { name: name.to_owned(), kind, arguments, socket, metrics, log, handover }

@@ -78,10 +78,10 @@ impl Service {
         Ok(())
     }
 
-    /// Starts a newer process, which takes the guest over from the running one; false if the program
-    /// cannot, or there is nothing to take over.
+    /// Starts a newer process, which takes the guest over from the running one; false if there is
+    /// nothing to take over.
     pub(super) fn upgrade(&mut self, bin_dir: &Path) -> Result<bool> {
-        if self.spec.handover.is_none() || self.child.is_none() || self.successor.is_some() {
+        if self.child.is_none() || self.successor.is_some() {
             return Ok(false);
         }
         let started = self.spawn(bin_dir).inspect_err(|_| self.failed_upgrades += 1)?;
@@ -236,7 +236,7 @@ mod tests {
             socket: "/s".into(),
             metrics: "/m".into(),
             log: "/l".into(),
-            handover: None,
+            handover: "/h".into(),
         };
         let mut service = Service::new(spec);
         let killed = ExitStatus::from_raw(9);

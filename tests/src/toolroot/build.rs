@@ -99,9 +99,11 @@ fn build(recipe: &Recipe, cache: &Path, root: &Path) -> Result<()> {
     fs::rename(&partial, root).context("put the tool root in place")?;
     // Modules are unpacked by the root's own tools, so the root is in place first; it is taken
     // away again when that fails.
-    collect_modules(root).inspect_err(|_| {
-        let _ = fs::remove_dir_all(root);
-    })?;
+    if recipe.kernels {
+        collect_modules(root).inspect_err(|_| {
+            let _ = fs::remove_dir_all(root);
+        })?;
+    }
     progress("the tool root is ready");
     Ok(())
 }
