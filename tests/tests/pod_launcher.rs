@@ -194,7 +194,11 @@ impl Drop for Launcher {
     }
 }
 
+/// Runs the launcher, with the daemons it would look for beside itself.
 fn outboard(arguments: &[&str]) -> std::process::Output {
+    for daemon in ["virtiofsd", "vhost-user-blk", "vsock-proxy"] {
+        bin(daemon).unwrap();
+    }
     Command::new(bin("outboard").unwrap()).args(arguments).output().unwrap()
 }
 
