@@ -8,6 +8,7 @@ pub mod frontend;
 pub mod fuse_bridge;
 pub mod guests;
 pub mod link_socket;
+pub mod loop_device;
 pub mod memory;
 pub mod netns;
 pub mod pcap;

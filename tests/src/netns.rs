@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -64,10 +65,10 @@ impl NetNs {
         Ok(())
     }
 
-    /// A path of the name space, for programs that take one, as long as this process lives.
+    /// A path of the name space, for programs that are to enter it themselves; valid as long as `self`.
     #[must_use]
-    pub fn path(&self) -> String {
-        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
     }
 
     /// Makes `command` run in the name space.

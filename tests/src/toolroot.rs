@@ -17,6 +17,7 @@ pub(crate) use build::cache_dir;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow};
 
@@ -76,8 +77,21 @@ impl ToolRoot {
     /// # Errors
     /// When it cannot be built: no `mmdebstrap`, no package mirror, no room, no privileges.
     pub fn guests() -> Result<&'static Self> {
+        Self::guests_with(None)
+    }
+
+    /// As [`ToolRoot::guests`], for a person who waits: building ends early, and leaves nothing, when
+    /// `stop` is set, and is tried again though it failed a moment ago.
+    ///
+    /// # Errors
+    /// As [`ToolRoot::guests`], or it was stopped.
+    pub fn guests_unless(stop: &AtomicBool) -> Result<&'static Self> {
+        Self::guests_with(Some(stop))
+    }
+
+    fn guests_with(stop: Option<&AtomicBool>) -> Result<&'static Self> {
         static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
-        ROOT.get_or_init(|| build::cached(&GUESTS).map(|path| Self { path }))
+        ROOT.get_or_init(|| build::cached(&GUESTS, stop).map(|path| Self { path }))
             .as_ref()
             .map_err(|error| anyhow!("{error:#}"))
     }

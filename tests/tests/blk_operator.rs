@@ -16,8 +16,8 @@ use testkit::daemon::Daemon;
 use testkit::driver::blk::{BlkSlot, RequestType, S_OK, request};
 use testkit::driver::{GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontEnd};
+use testkit::loop_device::LoopDevice;
 use testkit::memory::{GuestRam, RamRegion};
-use testkit::skip::skip;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::{virtio_blk as spec, virtio_config, virtio_ring};
 
@@ -44,36 +44,6 @@ fn ask(control: &Path, request: &str) -> String {
     answer
 }
 
-/// A file as a block device, until it is dropped.
-struct Loop(PathBuf);
-
-impl Loop {
-    /// `None`, and the test is skipped, where there are no loop devices.
-    fn of(file: &Path) -> Option<Self> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
-        match output {
-            Ok(output) if output.status.success() => {
-                let name = String::from_utf8(output.stdout).unwrap();
-                Some(Self(PathBuf::from(name.trim())))
-            }
-            Ok(output) => {
-                skip(&format!("no loop device: {}", String::from_utf8_lossy(&output.stderr)));
-                None
-            }
-            Err(error) => {
-                skip(&format!("no losetup: {error}"));
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
-
 fn blocks(path: &Path) -> u64 {
     std::os::unix::fs::MetadataExt::blocks(&fs::metadata(path).unwrap())
 }
@@ -82,8 +52,8 @@ fn blocks(path: &Path) -> u64 {
 fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
     let dir = tempfile::tempdir().unwrap();
     let file = image(dir.path(), "device.img");
-    let Some(device) = Loop::of(&file) else { return };
-    let daemon = start(dir.path(), &[format!("--blk-file={}", device.0.display())]);
+    let Some(device) = LoopDevice::for_test(&file) else { return };
+    let daemon = start(dir.path(), &[format!("--blk-file={}", device.path().display())]);
     let ram = GuestRam::new(16 << 20).unwrap();
     let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
     let (mut queues, _) = frontend.attach(&ram, &AttachOptions::new(RingFormat::Split)).unwrap();
@@ -92,7 +62,7 @@ fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
     let mut run = |kind, sector, len| request(queue, &slot, (kind, sector, len), TIMEOUT).unwrap();
     let on_device = |sector: u64, len: usize| {
         let mut bytes = vec![0; len];
-        fs::File::open(&device.0).unwrap().read_exact_at(&mut bytes, sector * 512).unwrap();
+        fs::File::open(device.path()).unwrap().read_exact_at(&mut bytes, sector * 512).unwrap();
         bytes
     };
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use testkit::daemon::{Daemon, bin};
 use testkit::driver::fs::{FsClient, Message, op};
 
@@ -39,6 +40,27 @@ fn serve(dir: &Path, socket: &str, arguments: &[&str]) -> Daemon {
 fn lock(opcode: u32, inode: u64, handle: u64, owner: u64, kind: u32, flags: u32) -> Message {
     let words = [handle, owner, 0, i64::MAX.cast_unsigned(), u64::from(kind), u64::from(flags)];
     Message::new(opcode, inode, &words)
+}
+
+#[test]
+fn a_daemon_that_is_told_to_leave_while_it_starts_leaves() {
+    let (dir, shared) = shared_dir();
+    // Over all of a start: before, during and after it becomes process 1 of its namespaces.
+    for delay in (0..40).map(|step| Duration::from_micros(250 * step)) {
+        let mut daemon = Command::new(bin("virtiofsd").unwrap())
+            .arg(format!("--socket-path={}", dir.path().join("early.sock").display()))
+            .arg(format!("--shared-dir={}", shared.display()))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        kill_process(Pid::from_child(&daemon), Signal::TERM).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while daemon.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "SIGTERM after {delay:?} was lost");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 #[test]

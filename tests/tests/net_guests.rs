@@ -148,7 +148,7 @@ fn exchange(root: &'static ToolRoot, host: &NetNs, dir: &Path, daemon: &Daemon) 
 fn pod(root: &ToolRoot, host: &NetNs) -> Option<NetNs> {
     let pod = NetNs::for_test(root)?;
     host.ip(root, "link add veth0 type veth peer name eth0").unwrap();
-    host.ip(root, &format!("link set eth0 netns {}", pod.path())).unwrap();
+    host.ip(root, &format!("link set eth0 netns {}", pod.path().display())).unwrap();
     host.ip(root, "address add 10.9.0.1/24 dev veth0").unwrap();
     host.ip(root, "link set veth0 up").unwrap();
     for line in
@@ -165,7 +165,8 @@ fn uml_in_a_pods_name_space_uses_its_veth() {
     let Some(host) = NetNs::for_test(root) else { return };
     let Some(pod) = pod(root, &host) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let daemon = start(None, dir.path(), &["--packet", "eth0", "--netns", &pod.path()]);
+    let daemon =
+        start(None, dir.path(), &["--packet", "eth0", "--netns", pod.path().to_str().unwrap()]);
     // The guest has the pod's addresses now.
     pod.ip(root, "address flush dev eth0").unwrap();
     exchange(root, &host, dir.path(), &daemon);
@@ -176,7 +177,8 @@ fn uml_on_a_tap_in_a_name_space_given_by_path() {
     let Some(root) = ToolRoot::for_test() else { return };
     let Some(pod) = NetNs::for_test(root) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let daemon = start(None, dir.path(), &["--tap", "tap0", "--netns", &pod.path()]);
+    let daemon =
+        start(None, dir.path(), &["--tap", "tap0", "--netns", pod.path().to_str().unwrap()]);
     pod.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();
     exchange(root, &pod, dir.path(), &daemon);
 }

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use outboard_common::metrics::{Counter, DeviceMetrics};
+use outboard_common::metrics::{Counter, DeviceMetrics, Histogram};
 use outboard_common::rate_limiter::RateLimiter;
 use outboard_common::vhost_user::backend_channel::BackendChannel;
 use virtio_bindings::virtio_net as v;
@@ -29,6 +29,8 @@ pub struct PairMetrics {
     pub tx_failed: Arc<Counter>,
     /// Frames sent.
     pub tx_frames: Arc<Counter>,
+    /// How long frames take from the driver's ring to the back end.
+    pub tx_latency: Arc<Histogram>,
     /// Frames received.
     pub rx_frames: Arc<Counter>,
     /// Received frames that the driver does not want.
@@ -52,6 +54,11 @@ impl PairMetrics {
             tx_spoofed: c("net_tx_spoofed_total", "Frames dropped for a forged source.", tx),
             tx_failed: c("net_tx_failed_total", "Frames that the back end did not take.", tx),
             tx_frames: c("net_tx_frames_total", "Frames sent.", tx),
+            tx_latency: device.latency(
+                "net_tx_seconds",
+                "Time from taking a batch of frames to its end in the back end.",
+                tx,
+            ),
             rx_frames: c("net_rx_frames_total", "Frames received.", rx),
             rx_filtered: c("net_rx_filtered_total", "Frames the driver did not want.", rx),
             rx_dropped: c("net_rx_dropped_total", "Frames that fitted no guest buffers.", rx),

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outboard_common::ring::Chain;
 use outboard_common::sys::EventFd;
@@ -33,6 +33,8 @@ pub struct Finished {
     pub queue: u16,
     /// What became of it.
     pub outcome: Outcome,
+    /// When it was handed over.
+    pub begun: Instant,
     /// Bytes read from files.
     pub bytes_read: u64,
     /// Bytes written to files.
@@ -91,6 +93,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Job {
     chain: Box<Chain>,
     queue: u16,
+    begun: Instant,
     done: Arc<Mailbox>,
 }
 
@@ -143,7 +146,7 @@ impl<F: Extension> SlowPool<F> {
         if state.threads == 0 {
             return Err(chain);
         }
-        state.jobs.push_back(Job { chain, queue, done: done.clone() });
+        state.jobs.push_back(Job { chain, queue, begun: Instant::now(), done: done.clone() });
         drop(state);
         self.shared.work.notify_one();
         Ok(())
@@ -187,6 +190,7 @@ fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
     job.done.put(Finished {
         chain: job.chain,
         queue: job.queue,
+        begun: job.begun,
         outcome,
         bytes_read: std::mem::take(&mut scratch.bytes_read),
         bytes_written: std::mem::take(&mut scratch.bytes_written),

@@ -7,12 +7,16 @@
 //! thread and a lock can never be waited for by more than its queue's length.
 //!
 //! Stopping a queue drains it: slow requests are waited for, waiting locks end with `EINTR`.
+//!
+//! Latencies are measured by the batch, with one look at the clock for each: whoever waits for a batch
+//! has its answer when the batch is published.
 
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use epoll::Events;
+use outboard_common::metrics::{DeviceMetrics, Gauge, Histogram};
 use outboard_common::ring::{Chain, Queue};
 use outboard_common::worker::{Context, Progress, QueueHandler};
 
@@ -40,6 +44,24 @@ struct Waiting {
     unique: u64,
 }
 
+/// What is shown of one queue beyond its counters.
+#[derive(Debug)]
+pub struct Gauges {
+    latency: Arc<Histogram>,
+    in_flight: Arc<Gauge>,
+}
+
+impl Gauges {
+    /// Those of queue `queue`, in a registry's `device`.
+    #[must_use]
+    pub fn new(device: &DeviceMetrics, queue: u16) -> Self {
+        let help = "Time from taking a batch of requests to its answers; waiting locks apart.";
+        let latency = device.latency("fs_request_seconds", help, Some(queue));
+        let help = "Requests that are with slow threads or wait for a lock.";
+        Self { latency, in_flight: device.gauge("fs_in_flight", help, Some(queue)) }
+    }
+}
+
 /// The worker of a queue.
 #[derive(Debug)]
 pub struct FsWorker<F: Extension> {
@@ -57,6 +79,9 @@ pub struct FsWorker<F: Extension> {
     away: usize,
     locks: Vec<Waiting>,
     lock_pause: Duration,
+    gauges: Gauges,
+    /// Requests that this worker answered itself and that are in no latency yet.
+    answered: u64,
 }
 
 impl<F: Extension> FsWorker<F> {
@@ -64,7 +89,7 @@ impl<F: Extension> FsWorker<F> {
     ///
     /// # Errors
     /// The process is out of descriptors.
-    pub fn new(server: Arc<Server<F>>, pool: Arc<SlowPool<F>>) -> io::Result<Self> {
+    pub fn new(server: Arc<Server<F>>, pool: Arc<SlowPool<F>>, gauges: Gauges) -> io::Result<Self> {
         Ok(Self {
             server,
             pool,
@@ -76,6 +101,8 @@ impl<F: Extension> FsWorker<F> {
             away: 0,
             locks: Vec::new(),
             lock_pause: LOCK_PAUSE.0,
+            gauges,
+            answered: 0,
         })
     }
 
@@ -86,6 +113,7 @@ impl<F: Extension> FsWorker<F> {
         let written = match self.server.handle(&mut self.chain, &mut self.scratch, Wait::Never) {
             Outcome::Done(written) => {
                 queue.push(&mut self.chain, written);
+                self.answered += 1;
                 written
             }
             Outcome::Slow => self.hand_over(queue),
@@ -161,13 +189,24 @@ impl<F: Extension> FsWorker<F> {
             self.scratch.bytes_written += done.bytes_written;
             self.count_bytes(queue);
             self.settle(done.chain, done.outcome, queue);
+            self.gauges.latency.record_since(done.begun, 1);
         }
         self.finished = finished;
-        self.arm_locks(cx);
+        self.rest(cx);
     }
 
-    /// Has waiting locks tried again soon.
-    fn arm_locks(&self, cx: &mut Context) {
+    /// Counts the batch that began at `begun` and is to be published; gives the begin of the next.
+    #[inline]
+    fn count_batch(&mut self, begun: Instant) -> Instant {
+        match std::mem::take(&mut self.answered) {
+            0 => begun,
+            answered => self.gauges.latency.record_since(begun, answered),
+        }
+    }
+
+    /// Before the loop is left: shows what is not done yet, and has waiting locks tried again soon.
+    fn rest(&self, cx: &mut Context) {
+        self.gauges.in_flight.set((self.away + self.locks.len()) as u64);
         if !self.locks.is_empty() {
             cx.set_timer(Some(Instant::now() + self.lock_pause));
         }
@@ -221,23 +260,26 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
         let (mut replies, mut bytes) = (0, 0);
+        let mut begun = Instant::now();
+        let mut progress = Progress::More;
         for _ in 0..BUDGET {
             if !queue.pop(&mut self.chain) {
-                self.count_bytes(queue);
-                self.arm_locks(cx);
-                return Progress::Emptied;
+                progress = Progress::Emptied;
+                break;
             }
             let Some(written) = self.serve(queue) else { break };
             bytes += written;
             replies += 1;
             if replies >= PUBLISH_AFTER_REPLIES || bytes >= PUBLISH_AFTER_BYTES {
                 queue.publish();
+                begun = self.count_batch(begun);
                 (replies, bytes) = (0, 0);
             }
         }
         self.count_bytes(queue);
-        self.arm_locks(cx);
-        Progress::More
+        self.count_batch(begun);
+        self.rest(cx);
+        progress
     }
 
     fn on_event(&mut self, token: u64, _events: Events, cx: &mut Context) {
@@ -256,7 +298,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
             self.settle(chain, outcome, queue);
         }
         self.lock_pause = pause;
-        self.arm_locks(cx);
+        self.rest(cx);
     }
 }
 

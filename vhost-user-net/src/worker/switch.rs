@@ -312,10 +312,14 @@ impl SwitchWorker {
 
     fn turn(&mut self, queue: &mut Queue) -> Turn {
         let mut left = BUDGET;
+        let mut begun = Instant::now();
         loop {
             let (count, taken, end) = self.fill(queue);
             self.switch(queue, count);
             queue.publish();
+            if count > 0 {
+                begun = self.metrics.tx_latency.record_since(begun, count as u64);
+            }
             left = left.saturating_sub(taken);
             match end {
                 Some(end) => return end,

@@ -142,6 +142,7 @@ impl TxSide {
     /// Sends what waits, up to the budget.
     pub(super) fn turn(&mut self, io: &mut FrameIo, queue: &mut Queue) -> Turn {
         let mut left = BUDGET;
+        let mut begun = Instant::now();
         if io.has_rest() {
             // SAFETY: no memory is lent.
             unsafe { io.transfer(Transfer::Write, &[]) };
@@ -155,6 +156,7 @@ impl TxSide {
             if count > 0 {
                 let taken = self.send(io, queue, count);
                 queue.publish();
+                begun = self.metrics.tx_latency.record_since(begun, taken as u64);
                 if taken < count || io.has_rest() {
                     self.full = true;
                     return Turn::Full;
