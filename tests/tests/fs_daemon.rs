@@ -205,6 +205,43 @@ fn fsyncs_come_back_from_the_slow_threads() {
 }
 
 #[test]
+fn a_slow_request_does_not_hold_up_its_queue() {
+    const FALLOCATE: u32 = 43;
+    const BYTES: u64 = 256 << 20;
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::create_dir(dir.path().join("shared")).unwrap();
+    fs::write(dir.path().join("shared/file"), "contents").unwrap();
+    let daemon = serve(dir.path(), "s", &[]);
+    let mut guest = FsClient::start(daemon.socket(), 1, 4).unwrap();
+    let inode = guest.lookup(1, "file").unwrap();
+    let handle = guest.open(inode, libc::O_RDWR).unwrap();
+    // Giving a file 256 MiB of memory takes tens of milliseconds. A machine that is busy elsewhere may
+    // not run the queue's worker meanwhile: it gets more chances.
+    let overtaken = (0..5).any(|_| {
+        let slow = Message::new(FALLOCATE, inode, &[handle, 0, BYTES, 0]);
+        guest.add(1, 1, &slow).unwrap();
+        let getattr = Message::new(op::GETATTR, inode, &[0u64; 2]);
+        guest.add(1, 2, &getattr).unwrap();
+        guest.queues[1].kick();
+        let order: Vec<u64> = (0..2)
+            .map(|_| {
+                let used = guest.queues[1].wait(PATIENCE).unwrap();
+                let slot = usize::try_from(used.cookie).unwrap();
+                assert_eq!(guest.answer(slot, used.len).unwrap().errno, 0);
+                used.cookie
+            })
+            .collect();
+        fs::File::options()
+            .write(true)
+            .open(dir.path().join("shared/file"))
+            .and_then(|file| file.set_len(0))
+            .unwrap();
+        order == [2, 1]
+    });
+    assert!(overtaken, "GETATTR waited for FALLOCATE each time");
+}
+
+#[test]
 fn capabilities_are_told_whatever_else_is_asked() {
     let output = Command::new(bin("virtiofsd").unwrap())
         .args(["--print-capabilities", "-o", "nonsense"])

@@ -30,6 +30,10 @@ const PUBLISH_AFTER_BYTES: u32 = 256 << 10;
 /// How often a waiting lock is tried, at first and at last.
 const LOCK_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
+/// How long an empty ring is looked at before the worker sleeps, while guests are that fast: about what
+/// sleeping and waking cost.
+const LINGER: Duration = Duration::from_micros(3);
+
 const TOKEN_MAILBOX: u64 = 1;
 
 /// A SETLKW whose lock is taken.
@@ -238,6 +242,10 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
         self.count_bytes(queue);
         self.arm_locks(cx);
         Progress::More
+    }
+
+    fn linger(&self) -> Duration {
+        LINGER
     }
 
     fn on_event(&mut self, token: u64, _events: Events, cx: &mut Context) {
