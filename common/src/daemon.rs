@@ -14,7 +14,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::device::Device;
-use crate::handover::{Handover, Inherited};
+use crate::handover::{DeviceState, Handover, Inherited};
 use crate::metrics::{QueueMetrics, Registry};
 use crate::sys::EventFd;
 use crate::transport::Transport;
@@ -223,7 +223,12 @@ fn serve(endpoint: &mut Endpoint, shared: &Shared) {
 
 /// Goes on with a session taken over.
 fn resume(endpoint: &Endpoint, inherited: &Inherited) -> anyhow::Result<Session> {
-    endpoint.device.load(&mut inherited.state.as_slice()).context("the device's state")?;
+    let fds = inherited.device_fds.iter().map(|fd| fd.try_clone());
+    let fds = fds.collect::<std::io::Result<_>>().context("the device's descriptors")?;
+    endpoint
+        .device
+        .load_from_predecessor(&mut inherited.state.as_slice(), fds)
+        .context("the device's state")?;
     Session::resume(
         endpoint.device.clone(),
         &inherited.session,
@@ -277,10 +282,10 @@ fn hand_over(endpoint: &Endpoint, session: Option<Session>, shared: &Shared) {
         }
         return;
     };
-    let mut state = Vec::new();
+    let (mut state, mut device_fds) = (Vec::new(), Vec::new());
     let saved = session.map(|s| {
         let saved = s.save()?;
-        endpoint.device.save(&mut state)?;
+        endpoint.device.save_for_successor(&mut state, &mut device_fds)?;
         anyhow::Ok(saved)
     });
     let saved = saved.transpose().unwrap_or_else(|error| {
@@ -294,7 +299,8 @@ fn hand_over(endpoint: &Endpoint, session: Option<Session>, shared: &Shared) {
         Transport::Listen { listener, .. } => Some(listener),
         Transport::Dial(_) | Transport::Connected(_) => None,
     };
-    if let Err(error) = handover.add(endpoint.device.name(), listener, saved, state) {
+    let device = DeviceState { state, fds: device_fds };
+    if let Err(error) = handover.add(endpoint.device.name(), listener, saved, device) {
         tracing::error!(%error, "an endpoint cannot be handed over");
     }
 }

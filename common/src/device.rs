@@ -12,6 +12,7 @@
 //! that session starts), `worker` and then queues starting and stopping in any order, `reset` (all
 //! queues stopped: the VMM left, or asked for RESET_DEVICE).
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::vhost_user::backend_channel::BackendChannel;
@@ -146,6 +147,32 @@ pub trait Device: Send + Sync + 'static {
     fn save(&self, to: &mut dyn std::io::Write) -> anyhow::Result<()> {
         let _ = to;
         Ok(())
+    }
+
+    /// As [`Self::save`], for a newer daemon on this machine that gets the descriptors added to `fds` too.
+    ///
+    /// # Errors
+    /// Anything that makes the state unusable; the front end then has to reconnect.
+    fn save_for_successor(
+        &self,
+        to: &mut dyn std::io::Write,
+        fds: &mut Vec<OwnedFd>,
+    ) -> anyhow::Result<()> {
+        let _ = fds;
+        self.save(to)
+    }
+
+    /// Loads what [`Self::save_for_successor`] wrote, with the descriptors that came along.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    fn load_from_predecessor(
+        &self,
+        from: &mut dyn std::io::Read,
+        fds: Vec<OwnedFd>,
+    ) -> anyhow::Result<()> {
+        let _ = fds;
+        self.load(from)
     }
 
     /// Loads what [`Self::save`] wrote. No queue has started yet.

@@ -27,8 +27,11 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::transport::Transport;
-use crate::vhost_user::session::SavedSession;
+use crate::cli::SocketChoice;
+use crate::daemon::Endpoint;
+use crate::device::Device;
+use crate::transport::{Transport, TransportError};
+use crate::vhost_user::session::{SavedSession, SessionOptions};
 
 /// Descriptors in one message; the kernel's limit is 253.
 const FDS_AT_ONCE: usize = 64;
@@ -47,6 +50,16 @@ struct Item {
     session: Option<(SavedSession, std::ops::Range<usize>)>,
     /// The device's own state, as [`Device::save`](crate::device::Device::save) wrote it.
     state: Vec<u8>,
+    /// Where the device's own descriptors are in the list.
+    #[serde(default)]
+    device_fds: std::ops::Range<usize>,
+}
+
+/// A device's own state, with its descriptors.
+#[derive(Debug, Default)]
+pub(crate) struct DeviceState {
+    pub(crate) state: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -60,6 +73,7 @@ pub struct Inherited {
     pub(crate) session: SavedSession,
     pub(crate) fds: Vec<OwnedFd>,
     pub(crate) state: Vec<u8>,
+    pub(crate) device_fds: Vec<OwnedFd>,
 }
 
 /// What came from an old daemon.
@@ -98,6 +112,29 @@ impl TakenOver {
         Ok(taken)
     }
 
+    /// The endpoint of `device`: with the socket and the session that the daemon before left, or else
+    /// with a socket made as `choice` says.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn endpoint(
+        &mut self,
+        device: Arc<dyn Device>,
+        choice: &SocketChoice,
+        options: SessionOptions,
+    ) -> Result<Endpoint, TransportError> {
+        let path = match choice {
+            SocketChoice::Listen(path) => Some(path.clone()),
+            SocketChoice::Dial(_) | SocketChoice::Inherited(_) => None,
+        };
+        let transport = match self.transport(device.name(), path) {
+            Some(transport) => transport,
+            None => Transport::open(choice)?,
+        };
+        let inherited = self.session(device.name());
+        Ok(Endpoint { inherited, ..Endpoint::new(device, transport, options) })
+    }
+
     /// The listening socket of the device `name`, if it came.
     pub fn transport(&mut self, name: &str, path: Option<PathBuf>) -> Option<Transport> {
         let at = self.items.iter().find(|i| i.name == name)?.listener?;
@@ -111,9 +148,11 @@ impl TakenOver {
         let item = &mut self.items[at];
         let (session, range) = item.session.take()?;
         let state = std::mem::take(&mut item.state);
-        let fds: Option<Vec<OwnedFd>> =
-            self.fds.get_mut(range)?.iter_mut().map(Option::take).collect();
-        Some(Inherited { session, fds: fds?, state })
+        let device_fds = item.device_fds.clone();
+        let mut take = |range: std::ops::Range<usize>| -> Option<Vec<OwnedFd>> {
+            self.fds.get_mut(range)?.iter_mut().map(Option::take).collect()
+        };
+        Some(Inherited { session, fds: take(range)?, state, device_fds: take(device_fds)? })
     }
 }
 
@@ -160,7 +199,7 @@ impl Handover {
         name: &str,
         listener: Option<&UnixListener>,
         session: Option<(SavedSession, Vec<OwnedFd>)>,
-        state: Vec<u8>,
+        device: DeviceState,
     ) -> io::Result<()> {
         let listener = listener.map(UnixListener::try_clone).transpose()?;
         let mut parcel = self.parcel.lock().unwrap_or_else(PoisonError::into_inner);
@@ -174,7 +213,11 @@ impl Handover {
             fds.append(&mut of_session);
             (session, start..fds.len())
         });
-        items.push(Item { name: name.to_owned(), listener, session, state });
+        let start = fds.len();
+        fds.extend(device.fds);
+        let device_fds = start..fds.len();
+        let state = device.state;
+        items.push(Item { name: name.to_owned(), listener, session, state, device_fds });
         Ok(())
     }
 

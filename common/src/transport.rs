@@ -103,7 +103,7 @@ impl Transport {
             if !meta.file_type().is_socket() {
                 return Err(TransportError::NotASocket(path.to_owned()));
             }
-            if UnixStream::connect(path).is_ok() {
+            if stays_taken(path) {
                 return Err(TransportError::Taken(path.to_owned()));
             }
             std::fs::remove_file(path).map_err(failed)?;
@@ -249,9 +249,34 @@ fn dial(path: &Path, shutdown: &EventFd) -> Option<UnixStream> {
     }
 }
 
+/// Whether somebody listens at `path`, and still does after a moment: when a confined daemon is killed, its
+/// child process ends a little later than what its supervisor waits for.
+fn stays_taken(path: &Path) -> bool {
+    for pause in [5, 10, 20, 40, 80, 160] {
+        if UnixStream::connect(path).is_err() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(pause));
+    }
+    UnixStream::connect(path).is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_listener_that_is_about_to_end_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let dying = UnixListener::bind(&path).unwrap();
+        let end = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(60));
+            drop(dying);
+        });
+        assert!(Transport::listen(&path, None).is_ok());
+        end.join().unwrap();
+    }
 
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_is_not() {

@@ -202,8 +202,14 @@ fn round_trips(program: Program) -> Result<(f64, f64)> {
 /// time: enough that the proxy is never idle for want of them.
 const AT_ONCE: u32 = 8;
 
-/// Connections a second that clients of the host make.
-fn connects_to_guest(program: Program) -> Result<f64> {
+/// Connections a second, and CPU-µs of the proxy for each.
+fn connects(count: u32, start: Instant, cpu: Duration) -> (f64, f64) {
+    let count = f64::from(count);
+    (count / start.elapsed().as_secs_f64(), cpu.as_secs_f64() * 1e6 / count)
+}
+
+/// What `at_once` clients of the host reach that connect one after the other.
+fn connects_to_guest(program: Program, at_once: u32) -> Result<(f64, f64)> {
     const EACH: u32 = 1500;
     let host = program.start()?;
     let mut guest = VsockGuest::start(host.daemon.socket(), options(4096))?;
@@ -217,8 +223,8 @@ fn connects_to_guest(program: Program) -> Result<f64> {
         }
         Ok(())
     };
-    let start = Instant::now();
-    let clients: Vec<JoinHandle<Result<()>>> = (0..AT_ONCE)
+    let (start, cpu) = (Instant::now(), host.daemon.cpu_time()?);
+    let clients: Vec<JoinHandle<Result<()>>> = (0..at_once)
         .map(|_| {
             let path = host.path("host");
             std::thread::spawn(move || connect_all(path))
@@ -236,15 +242,15 @@ fn connects_to_guest(program: Program) -> Result<f64> {
         };
         guest.send_header(&packet(seen.dst_port, seen.src_port, answer, 0), 0)?;
     }
-    let time = start.elapsed();
+    let result = connects(at_once * EACH, start, host.daemon.cpu_time()? - cpu);
     for client in clients {
         client.join().map_err(|_panic| anyhow::anyhow!("a client panicked"))??;
     }
-    Ok(f64::from(AT_ONCE * EACH) / time.as_secs_f64())
+    Ok(result)
 }
 
-/// Connections a second that the guest makes.
-fn connects_to_host(program: Program) -> Result<f64> {
+/// What the guest reaches with `at_once` connections asked for.
+fn connects_to_host(program: Program, at_once: u32) -> Result<(f64, f64)> {
     const COUNT: u32 = 10_000;
     let host = program.start()?;
     let mut guest = VsockGuest::start(host.daemon.socket(), options(4096))?;
@@ -259,10 +265,10 @@ fn connects_to_host(program: Program) -> Result<f64> {
             }
         }
     });
-    let start = Instant::now();
+    let (start, cpu) = (Instant::now(), host.daemon.cpu_time()?);
     let (mut asked, mut answered) = (0, 0);
     while answered < COUNT {
-        while asked < COUNT && asked - answered < AT_ONCE {
+        while asked < COUNT && asked - answered < at_once {
             guest.send_header(&packet(10_000 + asked, 80, op::REQUEST, 0), 0)?;
             asked += 1;
         }
@@ -277,7 +283,7 @@ fn connects_to_host(program: Program) -> Result<f64> {
             _ => {}
         }
     }
-    Ok(f64::from(COUNT) / start.elapsed().as_secs_f64())
+    Ok(connects(COUNT, start, host.daemon.cpu_time()? - cpu))
 }
 
 /// With 1000 idle connections: CPU in milliseconds a second, private KiB without, and bytes for each.
@@ -320,9 +326,7 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-type Measure<T> = fn(Program) -> Result<T>;
-
-fn both<T>(measure: Measure<T>) -> (Result<T>, Result<T>) {
+fn both<T>(measure: impl Fn(Program) -> Result<T>) -> (Result<T>, Result<T>) {
     (measure(Program::Ours), measure(Program::Peer))
 }
 
@@ -338,6 +342,12 @@ fn throughput_rows(name: &str, (ours, peer): (Result<Throughput>, Result<Through
     let ((rate, cpu), (peer_rate, peer_cpu)) = (pair(ours), pair(peer));
     row(name, "MB/s", rate, peer_rate);
     row(name, "CPU-us/MB", cpu, peer_cpu);
+}
+
+fn connect_rows(name: &str, (ours, peer): (Result<(f64, f64)>, Result<(f64, f64)>)) {
+    let ((rate, cpu), (peer_rate, peer_cpu)) = (split(ours), split(peer));
+    row(name, "1/s", rate, peer_rate);
+    row(name, "CPU-us", cpu, peer_cpu);
 }
 
 fn main() {
@@ -359,10 +369,14 @@ fn main() {
         row("round trip, 64 B, 99 %", "us", p99, peer_p99);
     }
     if is_wanted("connect") {
-        let (ours, peer) = both(connects_to_guest);
-        row("connects host to guest", "1/s", ours, peer);
-        let (ours, peer) = both(connects_to_host);
-        row("connects guest to host", "1/s", ours, peer);
+        for at_once in [AT_ONCE, 1] {
+            let both = both(|p| connects_to_guest(p, at_once));
+            connect_rows(&format!("connects host to guest, {at_once} at once"), both);
+        }
+        for at_once in [AT_ONCE, 1] {
+            let both = both(|p| connects_to_host(p, at_once));
+            connect_rows(&format!("connects guest to host, {at_once} at once"), both);
+        }
     }
     if is_wanted("idle") {
         let (ours, peer) = both(|p| idle(p).map(|(cpu, kib, each)| (cpu, (kib, each))));

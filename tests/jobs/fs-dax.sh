@@ -18,7 +18,11 @@ truncate -s 9000 growing
 [ "$(tail -c 4000 growing | tr -d '\0' | wc -c)" = 0 ]
 printf 'tail' >>growing
 sha256sum growing >growing.sum
-# A hole is punched under a mapping, and the file is renamed over and removed while mapped.
+# Written through a shared mapping in random order, and read back through it; the host compares.
+fio --name=m --filename=mapped --size=4M --bs=4k --ioengine=mmap --rw=randwrite --fsync=64 --thread \
+    --verify=crc32c --verify_fatal=1 --verify_state_save=0 --minimal >/dev/null
+sha256sum mapped >mapped.sum
+# A file is renamed over and removed while open.
 cp small victim
 exec 3<victim
 mv renamed victim

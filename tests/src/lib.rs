@@ -7,6 +7,7 @@ pub mod driver;
 pub mod frontend;
 pub mod fuse_bridge;
 pub mod guests;
+pub mod link_socket;
 pub mod memory;
 pub mod netns;
 pub mod peers;

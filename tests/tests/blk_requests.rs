@@ -249,6 +249,13 @@ fn bad_segments() {
 #[test]
 fn memory_disk() {
     let mut b = bench(RingFormat::Packed, &["--memory=1M"]);
+    let large: Vec<u8> = (0..1u32 << 20).map(|i| (i % 249) as u8).collect();
+    b.slot.set_data(&large);
+    assert_eq!(b.run(RequestType::OUT, 0, 1 << 20), S_OK);
+    b.slot.set_data(&[0; 1 << 20]);
+    assert_eq!(b.run(RequestType::IN, 0, 1 << 20), S_OK);
+    assert!(b.slot.data(1 << 20) == large);
+    assert_eq!(b.run(RequestType::OUT, 8, 1 << 20), S_IOERR, "past the end");
     b.slot.set_data(&[7; 1 << 16]);
     assert_eq!(b.run(RequestType::OUT, 100, 1 << 16), S_OK);
     b.slot.set_data(&[0; 1 << 16]);

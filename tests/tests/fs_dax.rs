@@ -56,6 +56,7 @@ fn daemon(dir: &Path, shared: &Path, mode: &str) -> Daemon {
 fn fill(shared: &Path) {
     fs::write(shared.join("image"), content(IMAGE_BYTES, 1)).unwrap();
     fs::write(shared.join("odd"), content(ODD_BYTES, 2)).unwrap();
+    fs::write(shared.join("mapped"), content(4 << 20, 6)).unwrap();
     fs::write(shared.join("small"), content(100, 3)).unwrap();
     fs::write(shared.join("renamed"), content(70_000, 4)).unwrap();
     fs::write(shared.join("empty"), b"").unwrap();
@@ -77,7 +78,8 @@ fn reads_and_writes_in_place(mode: &str) {
     fs::create_dir(&shared).unwrap();
     fill(&shared);
     let daemon = daemon(dir.path(), &shared, mode);
-    let job = Job::named("fs-dax").unwrap().set("MODE", mode);
+    let before = sums(&shared, &["mapped"]);
+    let job = Job::named("fs-dax").unwrap().tool("/usr/bin/fio").set("MODE", mode);
     let mut running = guest(root, daemon.socket()).start(&job).unwrap();
     if let Err(error) = running.wait_for("ready-for-host", TIMEOUT) {
         panic!("{error:#}\n{}\ndaemon:\n{}", running.console(), daemon.log());
@@ -100,6 +102,10 @@ fn reads_and_writes_in_place(mode: &str) {
     assert_eq!(&odd[3_145_800..3_145_803], b"ODD");
     let sum = fs::read_to_string(shared.join("growing.sum")).unwrap();
     assert_eq!(sums(&shared, &["growing"]), sum, "what the guest grew is what the host has");
+    let sum = fs::read_to_string(shared.join("mapped.sum")).unwrap();
+    assert_eq!(sums(&shared, &["mapped"]), sum, "what the guest stored is what the host has");
+    assert_ne!(sum, before, "the guest stored nothing");
+    assert!(has_mapped(running.pid(), &shared.join("mapped")), "stored by requests");
     // The guest sees at once what the host writes into a mapped page.
     file.write_all_at(b"WRITTEN BY THE HOST", 4_000_000).unwrap();
     fs::write(shared.join("host-is-done"), b"").unwrap();

@@ -3,11 +3,14 @@
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use testkit::daemon::{Daemon, bin};
 use testkit::driver::RingFormat;
 use testkit::driver::blk::{BlkSlot, RequestType, S_OK, request};
+use testkit::driver::fs::{FsClient, Message};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::memory::GuestRam;
 
@@ -53,6 +56,101 @@ fn takes_over(format: RingFormat) {
     assert_eq!(read.unwrap(), S_OK);
     assert_eq!(data, [0xa5; 512]);
     assert!(queue_count.unwrap() > 0 && next.unwrap() > 0);
+}
+
+/// Waits until `old` has ended.
+fn has_left(old: &mut Daemon) -> bool {
+    let start = Instant::now();
+    while old.is_running() && start.elapsed() < LONG {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    !old.is_running()
+}
+
+#[test]
+fn a_newer_file_daemon_takes_over_with_open_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let shared = dir.path().join("shared");
+    std::fs::create_dir_all(shared.join("d")).unwrap();
+    std::fs::write(shared.join("d/kept"), "kept").unwrap();
+    std::fs::write(shared.join("d/gone"), "gone").unwrap();
+    let socket = dir.path().join("fs");
+    let arguments = [
+        format!("--shared-dir={}", shared.display()),
+        format!("--handover-socket={}", dir.path().join("handover").display()),
+    ];
+    let mut old = Daemon::start("virtiofsd", &socket, &arguments).unwrap();
+    let mut client = FsClient::start(&socket, 1, 4).unwrap();
+    let parent = client.lookup(1, "d").unwrap();
+    let open: Vec<(u64, u64)> = ["kept", "gone"]
+        .iter()
+        .map(|name| {
+            let node = client.lookup(parent, name).unwrap();
+            (node, client.open(node, libc::O_RDWR).unwrap())
+        })
+        .collect();
+    std::fs::remove_file(shared.join("d/gone")).unwrap();
+    let mut new = std::process::Command::new(bin("virtiofsd").unwrap())
+        .arg(format!("--socket-path={}", socket.display()))
+        .args(&arguments)
+        .spawn()
+        .unwrap();
+    let left = has_left(&mut old);
+    let read: Vec<_> = open
+        .iter()
+        .map(|&(node, handle)| client.call(Message::read(node, handle, 0, 4)))
+        .map(|answer| answer.map(|answer| (answer.errno, answer.len)))
+        .collect();
+    let again = client.lookup(parent, "kept");
+    let fresh = client.open(open[0].0, libc::O_RDONLY);
+    let _ = new.kill();
+    let _ = new.wait();
+    assert!(left, "the old daemon still runs:\n{}", old.log());
+    for answer in read {
+        assert_eq!(answer.unwrap(), (0, 16 + 4));
+    }
+    assert_eq!(again.unwrap(), open[0].0, "the node id is the same");
+    assert!(fresh.is_ok());
+}
+
+/// Saves the state of one daemon and loads it into another one, as a migration does.
+#[test]
+fn a_file_servers_guest_migrates_to_another_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let shared = dir.path().join("shared");
+    std::fs::create_dir_all(shared.join("d")).unwrap();
+    std::fs::write(shared.join("d/kept"), "kept").unwrap();
+    let arguments = [format!("--shared-dir={}", shared.display())];
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    let _source = Daemon::start("virtiofsd", &from, &arguments).unwrap();
+    let mut client = FsClient::start(&from, 1, 4).unwrap();
+    let parent = client.lookup(1, "d").unwrap();
+    let node = client.lookup(parent, "kept").unwrap();
+    let handle = client.open(node, libc::O_RDWR).unwrap();
+    let bases: Vec<u32> =
+        [0, 1].iter().map(|&i| client.front_end.get_vring_base(i).unwrap()).collect();
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    client.front_end.set_device_state_fd(true, write.as_fd()).unwrap();
+    drop(write);
+    let mut state = Vec::new();
+    std::fs::File::from(read).read_to_end(&mut state).unwrap();
+    assert!(client.front_end.check_device_state().unwrap());
+
+    let _destination = Daemon::start("virtiofsd", &to, &arguments).unwrap();
+    let mut front_end = FrontEnd::connect(&to).unwrap();
+    front_end.negotiate(client.queues[0].features(), u64::MAX).unwrap();
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    front_end.set_device_state_fd(false, read.as_fd()).unwrap();
+    std::fs::File::from(write).write_all(&state).unwrap();
+    assert!(front_end.check_device_state().unwrap());
+    front_end.set_mem_table(client.ram()).unwrap();
+    for (index, base) in (0u16..).zip(bases) {
+        front_end.start_queue(index, &client.queues[usize::from(index)], base).unwrap();
+    }
+    client.front_end = front_end;
+    let answer = client.call(Message::read(node, handle, 0, 4)).unwrap();
+    assert_eq!((answer.errno, answer.len), (0, 16 + 4));
+    assert_eq!(client.lookup(parent, "kept").unwrap(), node);
 }
 
 #[test]

@@ -602,3 +602,49 @@ fn seqpacket_keeps_messages_apart() {
         }
     }
 }
+
+/// An empty message reads like the end of the socket, and must be told from it both ways.
+#[test]
+fn seqpacket_messages_may_be_empty() {
+    use rustix::net::{
+        AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, connect, listen, recv,
+        send, socket,
+    };
+    let host = VsockHost::start(&[]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let new = || socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    let address = |name: &str| SocketAddrUnix::new(host.path(name)).unwrap();
+
+    // Host to guest, the client gone at once after its last message.
+    let client = new();
+    connect(&client, &address("host_seqpacket")).unwrap();
+    send(&client, b"CONNECT 9\n", SendFlags::empty()).unwrap();
+    let request = guest.expect(op::REQUEST).unwrap();
+    let _theirs = GuestStream::accept(&mut guest, &request).unwrap();
+    let mut buffer = [0; 64];
+    recv(&client, &mut buffer, RecvFlags::empty()).unwrap();
+    for message in [&b"one"[..], b"", b"three", b"", b"", b"six"] {
+        send(&client, message, SendFlags::empty()).unwrap();
+    }
+    drop(client);
+    for message in [&b"one"[..], b"", b"three", b"", b"", b"six"] {
+        let packet = guest.expect(op::RW).unwrap();
+        assert_eq!((&packet.payload[..], packet.flags & 1), (message, 1));
+    }
+    guest.expect(op::SHUTDOWN).unwrap();
+
+    // Guest to host: the flag of a packet is the only sign of an empty message.
+    let listener = new();
+    rustix::net::bind(&listener, &address("host_10")).unwrap();
+    listen(&listener, 8).unwrap();
+    let mut ours = GuestStream::connect_as(&mut guest, SEQPACKET, 1025, HOST, 10).unwrap();
+    let service = rustix::net::accept(&listener).unwrap();
+    for message in [&b"one"[..], b"", b"three"] {
+        let packet = ours.data(message).flags(1);
+        guest.send(&packet).unwrap();
+    }
+    for message in [&b"one"[..], b"", b"three"] {
+        let (n, _) = recv(&service, &mut buffer, RecvFlags::empty()).unwrap();
+        assert_eq!(&buffer[..n], message);
+    }
+}

@@ -301,3 +301,26 @@ fn a_file_says_the_same_as_the_command_line() {
     let stream = GuestStream::connect(&mut eight, 1025, HOST, 1).unwrap();
     assert_eq!(stream.credit(), 65536);
 }
+
+/// As vhost-device-vsock has it, byte for byte but for the directories.
+#[test]
+fn a_yaml_file_of_the_other_proxy_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path().display();
+    let file = dir.path().join("vms.yaml");
+    let text = format!(
+        "vms:\n    - guest_cid: 3\n      socket: {d}/vmm3\n      uds_path: {d}/host3\n      \
+         tx_buffer_size: 65536\n      queue_size: 1024\n      groups: group1+groupA\n    \
+         - guest_cid: 4\n      socket: {d}/vmm4\n      uds_path: {d}/host4\n      \
+         groups: group2\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    let _daemon = start(dir.path(), "vmm4", &[format!("--config={}", file.display())]);
+    let mut three = VsockGuest::start(&dir.path().join("vmm3"), VsockOptions::default()).unwrap();
+    assert_eq!(three.cid, 3);
+    let _service = UnixListener::bind(dir.path().join("host3_1")).unwrap();
+    let stream = GuestStream::connect(&mut three, 1025, HOST, 1).unwrap();
+    assert_eq!(stream.credit(), 65536);
+    let mut four = VsockGuest::start(&dir.path().join("vmm4"), VsockOptions::default()).unwrap();
+    assert!(refused(&mut four, 3, 1), "they share no group");
+}

@@ -2,7 +2,8 @@
 //!
 //! - `{"info": null}` lists the disks: name, sectors, limits, failed requests.
 //! - `{"limits": {"disk": NAME, "limits": {...}}}` sets a disk's rate limits; what is left out is
-//!   unlimited. A limit is a number, "RATE:BURST" or `{"rate": N, "burst": N}`.
+//!   unlimited. They are `{"read": {"ops": LIMIT, "bytes": LIMIT}, "write": {...}}`, each per second; a
+//!   LIMIT is a number, "RATE:BURST" or `{"rate": N, "burst": N}`.
 //! - `{"resize": {"disk": NAME}}` looks at the image's size and tells the guest; answers the sectors.
 //!
 //! NAME may be left out when there is one disk.

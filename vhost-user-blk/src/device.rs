@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context as _;
 use outboard_common::device::{ConfigError, Device, RING_FEATURES, WorkerBody};
+use outboard_common::metrics::DeviceMetrics;
 use outboard_common::rate_limiter::{Limits, RateLimiter};
 use outboard_common::vhost_user::backend_channel::BackendChannel;
 use outboard_common::warn_limited;
@@ -118,6 +119,7 @@ pub struct BlkDevice {
     limiter: Arc<RateLimiter>,
     state: Mutex<State>,
     audience: Arc<Audience>,
+    metrics: Arc<DeviceMetrics>,
     workers: usize,
 }
 
@@ -127,7 +129,7 @@ const fn bit(feature: u32) -> u64 {
 
 impl BlkDevice {
     /// A device that serves `store`; it joins `audience` while its front end can be told of a new
-    /// size.
+    /// size, and shows in `metrics` how its requests fare.
     ///
     /// # Errors
     /// The store's size cannot be told.
@@ -135,6 +137,7 @@ impl BlkDevice {
         options: DeviceOptions,
         store: Store,
         audience: Arc<Audience>,
+        metrics: Arc<DeviceMetrics>,
     ) -> anyhow::Result<Self> {
         let sectors = store.sectors().context("cannot tell the image's size")?;
         let shared = Shared {
@@ -156,6 +159,7 @@ impl BlkDevice {
             shared: Arc::new(shared),
             limiter: Arc::new(limiter),
             audience,
+            metrics,
         })
     }
 
@@ -303,8 +307,8 @@ impl Device for BlkDevice {
 
     fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
         let (shared, limiter) = (self.shared.clone(), self.limiter.clone());
-        let worker =
-            BlkWorker::new(self.store.clone(), shared, limiter).context("event descriptor")?;
+        let worker = BlkWorker::new(self.store.clone(), shared, limiter, self.metrics.clone())
+            .context("event descriptor")?;
         let uring = UringLoop::new(worker).context("cannot set up io_uring")?;
         Ok(Box::new(move |control| uring.run(&control)))
     }

@@ -32,7 +32,6 @@ use outboard_common::daemon::{self, Endpoint, RunOptions};
 use outboard_common::handover::{Handover, TakenOver};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
-use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
 
 use crate::cli::BlkArgs;
@@ -53,9 +52,14 @@ fn open(source: &Source) -> Result<Store, OpenError> {
 }
 
 /// The device of `disk`, its image open.
-fn open_device(disk: &Disk, audience: &Arc<Audience>) -> anyhow::Result<Arc<BlkDevice>> {
+fn open_device(
+    disk: &Disk,
+    audience: &Arc<Audience>,
+    registry: &Registry,
+) -> anyhow::Result<Arc<BlkDevice>> {
     let store = open(&disk.source)?;
-    let device = BlkDevice::new(disk.device.clone(), store, audience.clone())?;
+    let metrics = registry.device(&disk.device.name);
+    let device = BlkDevice::new(disk.device.clone(), store, audience.clone(), metrics)?;
     Ok(Arc::new(device))
 }
 
@@ -84,19 +88,8 @@ fn endpoints(
     let options = SessionOptions::new(&args.socket, &args.worker);
     let mut endpoints = Vec::new();
     for (disk, device) in disks.iter().zip(devices) {
-        let name = &disk.device.name;
-        let path = match &disk.socket {
-            SocketChoice::Listen(path) => Some(path.clone()),
-            _ => None,
-        };
-        let transport = match taken.transport(name, path) {
-            Some(transport) => transport,
-            None => Transport::open(&disk.socket)?,
-        };
-        let mut endpoint =
-            Endpoint::new(device.clone(), transport, options.clone()).counted_in(registry);
-        endpoint.inherited = taken.session(name);
-        endpoints.push(endpoint);
+        let endpoint = taken.endpoint(device.clone(), &disk.socket, options.clone())?;
+        endpoints.push(endpoint.counted_in(registry));
     }
     Ok(endpoints)
 }
@@ -121,13 +114,13 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     let handover_socket = args.handover.handover_socket.as_deref();
     let taken = handover_socket.map(TakenOver::from).transpose()?.unwrap_or_default();
 
+    let registry = Arc::new(Registry::new("vhost-user-blk"));
     let audience = Arc::new(Audience::default());
     let devices = disks
         .iter()
-        .map(|disk| open_device(disk, &audience))
+        .map(|disk| open_device(disk, &audience, &registry))
         .collect::<anyhow::Result<Vec<Arc<BlkDevice>>>>()?;
 
-    let registry = Arc::new(Registry::new("vhost-user-blk"));
     let endpoints = endpoints(args, &disks, &devices, taken, &registry)?;
     let handover = handover_socket.map(Handover::listen).transpose()?;
     let (metrics, control) = (&args.metrics.metrics_socket, &args.control.control_socket);

@@ -20,6 +20,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use outboard_common::metrics::{DeviceMetrics, Gauge, Histogram};
 use outboard_common::rate_limiter::{Direction, RateLimiter};
 use outboard_common::ring::{Chain, IoVecs};
 use outboard_common::warn_limited;
@@ -69,6 +70,8 @@ struct Slot {
     written: u32,
     /// A parked request.
     request: Option<Request>,
+    /// When it was taken, for the few whose time is measured.
+    begun: Option<Instant>,
 }
 
 impl Slot {
@@ -82,6 +85,17 @@ impl Slot {
             offset: 0,
             written: 0,
             request: None,
+            begun: None,
+        }
+    }
+
+    /// The bytes that a request moves.
+    #[inline]
+    fn bytes(&self, request: &Request) -> usize {
+        match request {
+            Request::Read { .. } => self.chain.writable.len(),
+            Request::Write { .. } => self.chain.readable.len(),
+            _ => 0,
         }
     }
 
@@ -95,12 +109,33 @@ impl Slot {
     }
 }
 
+/// What is shown of one queue beyond its counters.
+#[derive(Debug)]
+struct QueueGauges {
+    latency: Arc<Histogram>,
+    in_flight: Arc<Gauge>,
+}
+
+impl QueueGauges {
+    fn new(metrics: &DeviceMetrics, queue: u16) -> Self {
+        let help = "Time from taking a request to its answer, of one request a batch.";
+        let latency = metrics.latency("blk_request_seconds", help, Some(queue));
+        let help = "Requests taken and not answered yet.";
+        Self { latency, in_flight: metrics.gauge("blk_in_flight", help, Some(queue)) }
+    }
+}
+
+fn nanoseconds_since(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// A blk worker: serves some queues of one device.
 #[derive(Debug)]
 pub struct BlkWorker {
     store: Store,
     shared: Arc<Shared>,
     limiter: Arc<RateLimiter>,
+    metrics: Arc<DeviceMetrics>,
     slots: Vec<Slot>,
     free: Vec<u32>,
     /// Held back by a limit: reads, writes.
@@ -109,6 +144,8 @@ pub struct BlkWorker {
     done: Vec<Done>,
     /// Bytes done inline since the last look of the driver's.
     inline_bytes: u64,
+    /// What is shown of each queue, by its index; filled when it is first served.
+    gauges: Vec<Option<QueueGauges>>,
 }
 
 fn place(direction: Direction) -> usize {
@@ -123,18 +160,25 @@ impl BlkWorker {
     ///
     /// # Errors
     /// The process is out of descriptors.
-    pub fn new(store: Store, shared: Arc<Shared>, limiter: Arc<RateLimiter>) -> io::Result<Self> {
+    pub fn new(
+        store: Store,
+        shared: Arc<Shared>,
+        limiter: Arc<RateLimiter>,
+        metrics: Arc<DeviceMetrics>,
+    ) -> io::Result<Self> {
         let pool = Pool::new(store.image.clone())?;
         Ok(Self {
             store,
             shared,
             limiter,
+            metrics,
             slots: Vec::new(),
             free: Vec::new(),
             parked: [VecDeque::new(), VecDeque::new()],
             pool,
             done: Vec::new(),
             inline_bytes: 0,
+            gauges: Vec::new(),
         })
     }
 
@@ -186,11 +230,7 @@ impl BlkWorker {
     fn release(&mut self, direction: Direction, cx: &mut UringContext) {
         while let Some(&at) = self.parked[place(direction)].front() {
             let slot = &self.slots[at as usize];
-            let bytes = match (&slot.request, direction) {
-                (Some(Request::Read { .. }), _) => slot.chain.writable.len(),
-                (Some(Request::Write { .. }), _) => slot.chain.readable.len(),
-                _ => 0,
-            };
+            let bytes = slot.request.as_ref().map_or(0, |request| slot.bytes(request));
             if let Err(when) = self.limiter.try_take(direction, 1, bytes as u64, Instant::now) {
                 cx.set_timer(Some(cx.timer().map_or(when, |earlier| earlier.min(when))));
                 return;
@@ -294,12 +334,15 @@ impl BlkWorker {
     fn on_pool(&mut self, cx: &mut UringContext) {
         let mut done = std::mem::take(&mut self.done);
         self.pool.take_done(&mut done);
-        for Done { slot: at, read, data, result } in done.drain(..) {
+        for Done { slot: at, read, data, bytes, result } in done.drain(..) {
             let slot = &mut self.slots[at as usize];
             if read {
                 slot.chain.writable = data;
             } else {
                 slot.chain.readable = data;
+            }
+            if result.is_ok() {
+                self.count(at, bytes, read, cx);
             }
             self.conclude(at, result, cx);
         }
@@ -392,8 +435,24 @@ impl BlkWorker {
         slot.status.write(&[status as u8]);
         if let Some(queue) = cx.queues.get(slot.queue) {
             queue.push(&mut slot.chain, slot.written);
+            if let Some(Some(gauges)) = self.gauges.get(usize::from(slot.queue)) {
+                gauges.in_flight.set(u64::from(queue.in_flight()));
+                if let Some(begun) = slot.begun.take() {
+                    gauges.latency.record(nanoseconds_since(begun));
+                }
+            }
         }
         self.free.push(at);
+    }
+
+    /// Makes what is shown of queue `index`.
+    #[cold]
+    fn show(&mut self, index: u16) {
+        let at = usize::from(index);
+        if self.gauges.len() <= at {
+            self.gauges.resize_with(at + 1, || None);
+        }
+        self.gauges[at] = Some(QueueGauges::new(&self.metrics, index));
     }
 
     fn limits(&self, features: u64) -> Limits {
@@ -421,6 +480,11 @@ impl UringHandler for BlkWorker {
             return Progress::Emptied;
         };
         let limits = self.limits(features);
+        if !matches!(self.gauges.get(usize::from(index)), Some(Some(_))) {
+            self.show(index);
+        }
+        // One of each batch: two looks at the clock cost more than a small request's own work.
+        let mut begun = Some(Instant::now());
         for _ in 0..BUDGET {
             let at = self.take_slot();
             let slot = &mut self.slots[at as usize];
@@ -429,6 +493,7 @@ impl UringHandler for BlkWorker {
                 return Progress::Emptied;
             }
             slot.queue = index;
+            slot.begun = begun.take();
             self.begin(at, &limits, cx);
         }
         Progress::More

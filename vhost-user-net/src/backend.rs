@@ -5,6 +5,7 @@
 
 pub mod macvtap;
 pub mod packet;
+pub mod switch;
 pub mod tap;
 
 use std::fmt::Debug;
@@ -29,6 +30,11 @@ pub trait Backend: Send + Sync + Debug {
 
     /// The descriptor of a pair, non-blocking.
     fn queue(&self, pair: u16) -> Option<BorrowedFd<'_>>;
+
+    /// The place in a switch, where there is no descriptor but other guests' rings.
+    fn switch_port(&self) -> Option<switch::SwitchPort> {
+        None
+    }
 
     /// How to write frames.
     fn framing(&self) -> Framing;

@@ -13,6 +13,7 @@ use outboard_common::rate_limiter::Limit;
 
 use crate::control::MacAddr;
 use crate::filter::Cidr;
+use crate::ports::PortConfig;
 use crate::sys::InterfaceName;
 
 /// The least MTU a device may have. Virtio 1.3, 5.1.4.1.
@@ -85,6 +86,20 @@ pub struct BackendArgs {
     /// Existing interface to share through a packet socket, like a pod's eth0
     #[arg(long, value_name = "NAME", group = "kind")]
     pub packet: Option<InterfaceName>,
+
+    /// Join the guests of all --port in a switch in memory
+    #[arg(long, group = "kind", requires = "port",
+          conflicts_with_all = ["netns", "queue_pairs", "socket_path", "fd", "client", "mac",
+                                "any_mac", "allow_ip", "pcap"])]
+    pub switch: bool,
+
+    /// A port of --switch and the socket of its guest; repeatable. KEY is one of mac (the guest's
+    /// address; it may send from no other one), allow-ip (repeatable), isolated (on: no frames
+    /// between it and other isolated ports), client (on: dial the socket), tx-packets, tx-bytes,
+    /// rx-packets, rx-bytes
+    #[arg(long, value_name = "socket=PATH[,KEY=VALUE...]", requires = "switch", conflicts_with_all = ["netns", "queue_pairs", "socket_path", "fd", "client", "mac",
+                                "any_mac", "allow_ip", "pcap"])]
+    pub port: Vec<PortConfig>,
 
     /// Network namespace that the interface lives in, like /run/netns/pod1
     #[arg(long, value_name = "PATH")]
@@ -206,6 +221,8 @@ mod tests {
             ("--tap-fd 2", "2"),
             ("--macvtap /dev/tap1 --netns /n", "cannot be used with"),
             ("--tap t0 --any-mac", "--mac"),
+            ("--switch --port socket=/p", "cannot be used with"),
+            ("--port socket=/p", "cannot be used with"),
         ] {
             let error = error(&format!("--socket-path=/s {arguments}"));
             assert!(error.contains(part), "{arguments}: {error}");

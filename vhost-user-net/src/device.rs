@@ -15,6 +15,7 @@ use crate::config::{S_ANNOUNCE, S_LINK_UP};
 use crate::control::MacAddr;
 use crate::shared::Shared;
 use crate::worker::NetWorker;
+use crate::worker::switch::SwitchWorker;
 
 /// Features that need nothing of the back end.
 const OWN_FEATURES: u64 = 1 << v::VIRTIO_NET_F_MRG_RXBUF
@@ -126,6 +127,10 @@ impl Device for NetDevice {
     }
 
     fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
+        if let Some(port) = self.shared.backend.switch_port() {
+            let event_loop = EventLoop::new(SwitchWorker::new(self.shared.clone(), port))?;
+            return Ok(Box::new(move |control| event_loop.run(control)));
+        }
         let pair = u16::try_from(worker)?;
         let worker = NetWorker::new(self.shared.clone(), pair)?;
         let event_loop = EventLoop::new(worker)?;

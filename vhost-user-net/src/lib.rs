@@ -9,7 +9,8 @@
 //! | [`device`], [`shared`] | what the device offers; what its threads share |
 //! | [`worker`] | the data path of a queue pair |
 //! | [`batch`] | several frames in one system call |
-//! | [`backend`] | tap, macvtap, packet socket |
+//! | [`backend`] | tap, macvtap, packet socket, switch |
+//! | [`ports`] | a switch's ports on the command line (pure) |
 //! | [`capture`] | pcap files |
 //! | [`operator`] | requests on the control socket |
 //! | [`sandbox`] | what the daemon may still do when it serves |
@@ -28,18 +29,21 @@ pub mod device;
 pub mod filter;
 pub mod header;
 pub mod operator;
+pub mod ports;
 pub mod sandbox;
 pub mod shared;
 pub mod sys;
 pub mod worker;
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use outboard_common::admin::AdminSockets;
 use outboard_common::capabilities::Capabilities;
+use outboard_common::cli::SocketChoice;
 use outboard_common::daemon::{self, Endpoint, RunOptions};
 use outboard_common::metrics::Registry;
 use outboard_common::rate_limiter::{DirectionLimits, Limits, RateLimiter};
@@ -50,13 +54,16 @@ use outboard_common::vhost_user::session::SessionOptions;
 use self::backend::Backend;
 use self::backend::macvtap::MacvtapBackend;
 use self::backend::packet::{PacketBackend, PacketOptions};
+use self::backend::switch::{PORTS_MAX, PortOptions, Switch, SwitchPort};
 use self::backend::tap::{TapBackend, TapOptions};
 use self::capture::Capture;
 use self::cli::{BackendArgs, Cli, GuardArgs};
 use self::config::NetConfig;
+use self::control::MacAddr;
 use self::device::{NetDevice, Offers};
 use self::filter::SourceFilter;
 use self::operator::Operator;
+use self::ports::PortConfig;
 use self::sandbox::Needs;
 use self::shared::{PairMetrics, Shared, SharedParts};
 
@@ -74,35 +81,96 @@ pub const CAPABILITIES: Capabilities = Capabilities { device_type: "net", featur
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     outboard_common::logging::init(&cli.log, PROGRAM)?;
     // Inherited descriptors first, before anything of ours takes their numbers.
-    let choice =
-        cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
     let taps = cli.backend.tap_fd.iter().map(|&fd| inherit(fd)).collect::<Result<Vec<_>, _>>()?;
-    let backend = open_backend(&cli, taps)?;
-    let transport = Transport::open(&choice)?;
+    let plans =
+        if cli.backend.switch { plan_switch(&cli)? } else { vec![plan_single(&cli, taps)?] };
+    let transports =
+        plans.iter().map(|p| Transport::open(&p.choice)).collect::<Result<Vec<_>, _>>()?;
     let admin = AdminSockets::bind(
         cli.metrics.metrics_socket.as_deref(),
         cli.control.control_socket.as_deref(),
     )?;
     let registry = Arc::new(Registry::new(PROGRAM));
-    let device = Arc::new(make_device(&cli, backend, &registry)?);
     let options = SessionOptions::new(&cli.socket, &cli.workers);
-    let endpoint = Endpoint::new(device.clone(), transport, options).counted_in(&registry);
+    let (mut devices, mut endpoints) = (Vec::new(), Vec::new());
+    for (plan, transport) in plans.iter().zip(transports) {
+        let device = Arc::new(make_device(&cli, plan, &registry)?);
+        let endpoint = Endpoint::new(device.clone(), transport, options.clone());
+        endpoints.push(endpoint.counted_in(&registry));
+        devices.push(device);
+    }
     let needs = Needs {
-        sockets: [
-            &cli.socket.socket_path,
-            &cli.metrics.metrics_socket,
-            &cli.control.control_socket,
-        ]
-        .into_iter()
-        .filter_map(|path| path.as_deref())
-        .collect(),
+        sockets: sockets(&cli, &plans),
         capture: cli.guard.pcap.as_deref(),
         net_admin: cli.control.control_socket.is_some(),
     };
     sandbox::close(&cli.sandbox, &needs).context("cannot close the sandbox")?;
-    let _admin = admin.serve(registry, Arc::new(Operator::new(device)))?;
+    let _admin = admin.serve(registry, Arc::new(Operator::new(devices)))?;
     outboard_common::footprint::give_back_startup_memory();
-    daemon::run(vec![endpoint], RunOptions::default())
+    daemon::run(endpoints, RunOptions::default())
+}
+
+/// A device before it is made.
+struct Plan {
+    name: String,
+    choice: SocketChoice,
+    backend: Arc<dyn Backend>,
+    mac: Option<MacAddr>,
+    source: SourceFilter,
+    limits: Limits,
+}
+
+/// The one device of everything but a switch.
+fn plan_single(cli: &Cli, taps: Vec<OwnedFd>) -> anyhow::Result<Plan> {
+    let choice =
+        cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
+    let locked_mac = cli.device.mac.filter(|_| !cli.guard.any_mac);
+    Ok(Plan {
+        name: DEVICE.to_owned(),
+        choice,
+        backend: open_backend(cli, taps)?,
+        mac: cli.device.mac,
+        source: SourceFilter::new(locked_mac, cli.guard.allow_ip.clone()),
+        limits: limits(&cli.guard),
+    })
+}
+
+/// One device for each port of the switch.
+fn plan_switch(cli: &Cli) -> anyhow::Result<Vec<Plan>> {
+    let ports = &cli.backend.port;
+    if ports.len() > PORTS_MAX {
+        bail!("{} ports are too many: a switch has at most {PORTS_MAX}", ports.len());
+    }
+    for (at, port) in ports.iter().enumerate() {
+        let before = ports.get(..at).unwrap_or(&[]);
+        if before.iter().any(|p| p.socket == port.socket) {
+            bail!("two ports have the socket {}", port.socket.display());
+        }
+        if let Some(mac) = port.mac.filter(|mac| before.iter().any(|p| p.mac == Some(*mac))) {
+            bail!("two ports have the address {mac}");
+        }
+    }
+    let options: Vec<_> =
+        ports.iter().map(|p| PortOptions { mac: p.mac, isolated: p.isolated }).collect();
+    let plan = |(at, (port, place)): (usize, (&PortConfig, SwitchPort))| Plan {
+        name: format!("net{at}"),
+        choice: port.choice(),
+        backend: Arc::new(place),
+        mac: port.mac,
+        source: SourceFilter::new(port.mac, port.allow_ip.clone()),
+        limits: port.limits_or(limits(&cli.guard)),
+    };
+    Ok(ports.iter().zip(Switch::new(&options).ports()).enumerate().map(plan).collect())
+}
+
+/// The paths of all sockets.
+fn sockets<'a>(cli: &'a Cli, plans: &'a [Plan]) -> Vec<&'a Path> {
+    let fronts = plans.iter().filter_map(|plan| match &plan.choice {
+        SocketChoice::Listen(path) | SocketChoice::Dial(path) => Some(path.as_path()),
+        SocketChoice::Inherited(_) => None,
+    });
+    let admin = [&cli.metrics.metrics_socket, &cli.control.control_socket];
+    fronts.chain(admin.into_iter().filter_map(|path| path.as_deref())).collect()
 }
 
 fn inherit(fd: i32) -> anyhow::Result<OwnedFd> {
@@ -131,29 +199,26 @@ fn open_backend(cli: &Cli, taps: Vec<OwnedFd>) -> anyhow::Result<Arc<dyn Backend
             mtu: cli.device.mtu,
         })?)
     } else {
-        bail!("no network is named: give --tap, --tap-fd, --macvtap or --packet");
+        bail!("no network is named: give --tap, --tap-fd, --macvtap, --packet or --switch");
     };
     Ok(backend)
 }
 
-fn make_device(
-    cli: &Cli,
-    backend: Arc<dyn Backend>,
-    registry: &Registry,
-) -> anyhow::Result<NetDevice> {
-    let GuardArgs { any_mac, allow_ip, pcap, pcap_size, no_io_uring, .. } = &cli.guard;
+fn make_device(cli: &Cli, plan: &Plan, registry: &Registry) -> anyhow::Result<NetDevice> {
+    let GuardArgs { any_mac, pcap, pcap_size, no_io_uring, .. } = &cli.guard;
+    let backend = plan.backend.clone();
     let capture = match pcap {
         Some(path) => Some(Capture::open(path, pcap_size.bytes())?),
         None => None,
     };
-    let locked_mac = cli.device.mac.filter(|_| !any_mac);
-    let mac = cli.device.mac.or_else(|| backend.fixed_mac());
+    let locked_mac = plan.mac.filter(|_| !any_mac);
+    let mac = plan.mac.or_else(|| backend.fixed_mac());
     let mtu = cli.device.mtu.or_else(|| backend.mtu());
-    let metrics = registry.device(DEVICE);
+    let metrics = registry.device(&plan.name);
     let shared = Shared::new(SharedParts {
-        name: DEVICE.to_owned(),
-        source: SourceFilter::new(locked_mac, allow_ip.clone()),
-        limiter: RateLimiter::new(limits(&cli.guard), Instant::now()),
+        name: plan.name.clone(),
+        source: plan.source.clone(),
+        limiter: RateLimiter::new(plan.limits, Instant::now()),
         capture,
         metrics: (0..backend.pairs()).map(|pair| PairMetrics::new(&metrics, pair)).collect(),
         plain_io: *no_io_uring,

@@ -7,6 +7,8 @@
 //! | `{"announce": null}` | has the guest announce itself to the network |
 //! | `{"limits": {...}}` | changes the limits: `read` is towards the guest, `write` from it |
 //! | `{"state": null}` | tells link, MTU and limits |
+//!
+//! With several devices (a switch's ports) the argument is `{"device": "net1", "value": ARGUMENT}`.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,25 +25,45 @@ const VERBS: &[&str] = &["link", "mtu", "announce", "limits", "state"];
 /// The control socket's side of a device.
 #[derive(Debug)]
 pub struct Operator {
-    device: Arc<NetDevice>,
+    devices: Vec<Arc<NetDevice>>,
+}
+
+/// A request's argument where there are several devices.
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Addressed {
+    device: String,
+    #[serde(default)]
+    value: Value,
 }
 
 impl Operator {
-    /// For `device`.
+    /// For `devices`.
     #[must_use]
-    pub fn new(device: Arc<NetDevice>) -> Self {
-        Self { device }
+    pub fn new(devices: Vec<Arc<NetDevice>>) -> Self {
+        Self { devices }
     }
 
-    fn state(&self) -> Value {
-        let (mut up, mut mtu) = (false, 0);
-        self.device.shared().change_config(|config| {
-            up = config.status() & S_LINK_UP != 0;
-            mtu = config.mtu();
-            false
-        });
-        json!({ "link": up, "mtu": mtu, "limits": self.device.shared().limiter.limits() })
+    /// The device that a request is for, and the request's own argument.
+    fn addressee(&self, argument: Value) -> Result<(&NetDevice, Value), ControlError> {
+        if let [device] = self.devices.as_slice() {
+            return Ok((device, argument));
+        }
+        let Addressed { device: name, value } = serde_json::from_value(argument)?;
+        let device = self.devices.iter().find(|d| d.shared().name == name);
+        let none = || ControlError::Refused(format!("there is no device {name:?}"));
+        Ok((device.ok_or_else(none)?, value))
     }
+}
+
+fn state(device: &NetDevice) -> Value {
+    let (mut up, mut mtu) = (false, 0);
+    device.shared().change_config(|config| {
+        up = config.status() & S_LINK_UP != 0;
+        mtu = config.mtu();
+        false
+    });
+    json!({ "link": up, "mtu": mtu, "limits": device.shared().limiter.limits() })
 }
 
 fn refused(what: &str, error: &std::io::Error) -> ControlError {
@@ -50,26 +72,30 @@ fn refused(what: &str, error: &std::io::Error) -> ControlError {
 
 impl Control for Operator {
     fn on_request(&self, verb: &str, argument: Value) -> Result<Value, ControlError> {
+        if !VERBS.contains(&verb) {
+            return Err(ControlError::UnknownVerb { known: VERBS });
+        }
+        let (device, argument) = self.addressee(argument)?;
         match verb {
             "link" => {
                 let up: bool = serde_json::from_value(argument)?;
-                self.device.set_link(up).map_err(|e| refused("change the link", &e))?;
+                device.set_link(up).map_err(|e| refused("change the link", &e))?;
             }
             "mtu" => {
                 let mtu: u16 = serde_json::from_value(argument)?;
                 if mtu < 68 {
                     return Err(ControlError::Refused("an MTU has at least 68 bytes".to_owned()));
                 }
-                self.device.set_link_mtu(mtu).map_err(|e| refused("change the MTU", &e))?;
+                device.set_link_mtu(mtu).map_err(|e| refused("change the MTU", &e))?;
             }
-            "announce" => self.device.ask_to_announce(),
+            "announce" => device.ask_to_announce(),
             "limits" => {
                 let limits: Limits = serde_json::from_value(argument)?;
-                self.device.shared().limiter.set(limits, Instant::now());
+                device.shared().limiter.set(limits, Instant::now());
             }
             "state" => {}
             _ => return Err(ControlError::UnknownVerb { known: VERBS }),
         }
-        Ok(self.state())
+        Ok(state(device))
     }
 }

@@ -34,6 +34,10 @@ pub struct PairMetrics {
     pub rx_filtered: Arc<Counter>,
     /// Received frames that no buffers of the guest can hold.
     pub rx_dropped: Arc<Counter>,
+    /// Frames of a switch dropped because the driver takes no such super-frames.
+    pub rx_unsegmented: Arc<Counter>,
+    /// Frames of a switch dropped because the receiver's limits are reached.
+    pub rx_limited: Arc<Counter>,
 }
 
 impl PairMetrics {
@@ -50,6 +54,12 @@ impl PairMetrics {
             rx_frames: c("net_rx_frames_total", "Frames received.", rx),
             rx_filtered: c("net_rx_filtered_total", "Frames the driver did not want.", rx),
             rx_dropped: c("net_rx_dropped_total", "Frames that fitted no guest buffers.", rx),
+            rx_unsegmented: c(
+                "net_rx_unsegmented_total",
+                "Super-frames the driver cannot take.",
+                rx,
+            ),
+            rx_limited: c("net_rx_limited_total", "Switched frames over the limits.", rx),
         }
     }
 }

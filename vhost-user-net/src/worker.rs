@@ -9,6 +9,7 @@
 //! both end up in [`NetWorker::on_kick`].
 
 mod rx;
+pub(crate) mod switch;
 mod tx;
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use epoll::Events;
-use outboard_common::ring::Chain;
+use outboard_common::ring::{Chain, Queue};
 use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
@@ -133,27 +134,31 @@ impl NetWorker {
     /// Answers every command that waits.
     fn control(&mut self, index: u16, cx: &mut Context) -> Progress {
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
-        let mut chain = Chain::new();
-        while queue.pop(&mut chain) {
-            let len = chain.readable.len().min(MAX_COMMAND_SIZE + 1);
-            self.command.resize(len, 0);
-            chain.readable.read(&mut self.command);
-            let negotiated =
-                Negotiated { features: queue.features(), max_pairs: self.shared.max_pairs() };
-            let done = match control::parse(&self.command, negotiated) {
-                Ok(command) => obey(&self.shared, &command),
-                Err(error) => {
-                    tracing::debug!(device = %self.shared.name, %error, "control command refused");
-                    queue.metrics().rejected.add(1);
-                    false
-                }
-            };
-            let ack = if done { control::OK } else { control::ERR };
-            let written = u32::from(chain.writable.write(&[ack]) == 1);
-            queue.push(&mut chain, written);
-        }
-        Progress::Emptied
+        answer_commands(&self.shared, &mut self.command, queue)
     }
+}
+
+/// Answers every command that waits in the control queue; `room` is for one command.
+fn answer_commands(shared: &Shared, room: &mut Vec<u8>, queue: &mut Queue) -> Progress {
+    let mut chain = Chain::new();
+    while queue.pop(&mut chain) {
+        let len = chain.readable.len().min(MAX_COMMAND_SIZE + 1);
+        room.resize(len, 0);
+        chain.readable.read(room);
+        let negotiated = Negotiated { features: queue.features(), max_pairs: shared.max_pairs() };
+        let done = match control::parse(room, negotiated) {
+            Ok(command) => obey(shared, &command),
+            Err(error) => {
+                tracing::debug!(device = %shared.name, %error, "control command refused");
+                queue.metrics().rejected.add(1);
+                false
+            }
+        };
+        let ack = if done { control::OK } else { control::ERR };
+        let written = u32::from(chain.writable.write(&[ack]) == 1);
+        queue.push(&mut chain, written);
+    }
+    Progress::Emptied
 }
 
 /// Does what a command says; false if it cannot be done.

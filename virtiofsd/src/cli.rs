@@ -9,8 +9,8 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, ValueEnum};
 use outboard_common::capabilities::Capabilities;
 use outboard_common::cli::{
-    CapabilitiesArgs, ControlArgs, LogArgs, MetricsArgs, SeccompArgs, SocketArgs, WorkerArgs,
-    values::Size,
+    CapabilitiesArgs, ControlArgs, HandoverArgs, LogArgs, MetricsArgs, SeccompArgs, SocketArgs,
+    WorkerArgs, values::Size,
 };
 
 use crate::dax;
@@ -62,6 +62,14 @@ pub struct Arguments {
     /// Owners.
     #[command(flatten)]
     pub ids: IdArgs,
+
+    /// Migration.
+    #[command(flatten)]
+    pub migration: MigrationArgs,
+
+    /// Hand-over.
+    #[command(flatten)]
+    pub handover: HandoverArgs,
 
     /// Confinement.
     #[command(flatten)]
@@ -260,6 +268,30 @@ pub struct IdArgs {
     pub translate_gid: Vec<String>,
 }
 
+/// How a guest moves to another machine.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Migration")]
+pub struct MigrationArgs {
+    /// How the destination is told of an inode: by its path, or by its file handle (both sides must
+    /// share the same file system)
+    #[arg(long, value_name = "MODE", default_value = "find-paths")]
+    pub migration_mode: MigrationMode,
+
+    /// At the destination, what to do about an inode that is not found: abort the migration, or give the
+    /// guest errors when it uses that inode
+    #[arg(long, value_name = "WHAT", default_value = "abort")]
+    pub migration_on_error: MigrationOnError,
+
+    /// At the source, send file handles along, which the destination compares with those of the inodes
+    /// that it finds
+    #[arg(long)]
+    pub migration_verify_handles: bool,
+
+    /// At the source, look at every path again when all are found
+    #[arg(long)]
+    pub migration_confirm_paths: bool,
+}
+
 /// How the daemon is locked in.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sandbox")]
@@ -335,6 +367,24 @@ pub enum InodeHandles {
     Prefer,
     /// File handles alone.
     Mandatory,
+}
+
+/// `--migration-mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MigrationMode {
+    /// Paths in the shared directory.
+    FindPaths,
+    /// File handles.
+    FileHandles,
+}
+
+/// `--migration-on-error`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MigrationOnError {
+    /// No migration.
+    Abort,
+    /// The guest gets errors.
+    GuestError,
 }
 
 /// `--sandbox`.

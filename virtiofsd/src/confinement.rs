@@ -19,7 +19,7 @@ use crate::cli::{Arguments, ConfinementArgs, IdArgs, IdMapping, InodeHandles, Sa
 use crate::seccomp;
 
 /// Descriptors that may be open, where the operator says nothing and the system allows more.
-const OPEN_FILES: u64 = 1_000_000;
+pub(crate) const OPEN_FILES: u64 = 1_000_000;
 
 /// What the passthrough gets to work with.
 #[derive(Debug)]

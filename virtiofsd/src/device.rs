@@ -4,11 +4,16 @@
 //! worker of its own. A VMM that leaves or resets the device ends the FUSE session: the next guest
 //! starts with INIT and an empty inode table.
 
+use std::fs::File;
+use std::io::{BufWriter, Read, Seek as _, SeekFrom, Write};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use anyhow::Context as _;
 use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
 use outboard_common::vhost_user::backend_channel::BackendChannel;
 use outboard_common::worker::EventLoop;
+use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use zerocopy::{Immutable, IntoBytes};
 
@@ -123,6 +128,17 @@ impl<F: Extension> FsDevice<F> {
         self.server.set_window(channel.map(|c| Arc::new(ChannelWindow::new(c)) as _));
     }
 
+    fn load_with(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
+        let mut started = [0];
+        from.read_exact(&mut started).context("the saved state is empty")?;
+        self.server.reset();
+        if started != [0] {
+            let flags = self.server.file_system().load(from, fds)?;
+            self.server.resume(Some(flags));
+        }
+        Ok(())
+    }
+
     fn config(&self) -> Config {
         let queues = u32::from(self.options.request_queues.unwrap_or(1));
         Config {
@@ -148,9 +164,12 @@ impl<F: Extension> Device for FsDevice<F> {
 
     fn withheld_protocol_features(&self) -> u64 {
         use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
-        // Requests must not be done twice, and a new process knows none of the old one's inodes.
-        // For the same reason a guest cannot be migrated: its inodes' state is not saved.
-        let mut withheld = P::INFLIGHT_SHMFD | P::DEVICE_STATE;
+        // Requests must not be done twice, and after a crash a new process knows none of the old
+        // one's inodes.
+        let mut withheld = P::INFLIGHT_SHMFD;
+        if !self.server.file_system().can_save() {
+            withheld |= P::DEVICE_STATE;
+        }
         if self.options.tag.is_none() {
             withheld |= P::CONFIG;
         }
@@ -199,6 +218,46 @@ impl<F: Extension> Device for FsDevice<F> {
 
     fn reset(&self) {
         self.server.reset();
+    }
+
+    fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
+        to.write_all(&[u8::from(self.server.negotiated().is_some())])?;
+        if self.server.negotiated().is_some() {
+            self.server.file_system().save(to)?;
+        }
+        Ok(())
+    }
+
+    fn load(&self, from: &mut dyn Read) -> anyhow::Result<()> {
+        self.load_with(from, Vec::new())
+    }
+
+    fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
+        let Some(flags) = self.server.negotiated() else { return Ok(to.write_all(&[0])?) };
+        tracing::debug!("handing a session over, with FUSE flags {flags:#x}");
+        to.write_all(&[1])?;
+        // A large state goes in a file of its own: the first descriptor.
+        let file = File::from(memfd_create("state", MemfdFlags::CLOEXEC)?);
+        fds.push(file.try_clone()?.into());
+        let mut of_state = Vec::new();
+        let mut file = BufWriter::new(file);
+        self.server.file_system().save_for_successor(&mut file, &mut of_state)?;
+        file.flush()?;
+        fds.append(&mut of_state);
+        Ok(())
+    }
+
+    fn load_from_predecessor(
+        &self,
+        from: &mut dyn Read,
+        mut fds: Vec<OwnedFd>,
+    ) -> anyhow::Result<()> {
+        if fds.is_empty() {
+            return self.load(from);
+        }
+        let mut file = File::from(fds.remove(0));
+        file.seek(SeekFrom::Start(0))?;
+        self.load_with(&mut from.chain(file), fds)
     }
 }
 

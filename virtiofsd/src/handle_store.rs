@@ -10,6 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// Shards; a power of two.
 const SHARDS: usize = 8;
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
+/// Slots that a shard may be made to have by a saved state.
+const MAX_RESTORED_SLOTS: usize = 1 << 20;
 
 #[derive(Debug)]
 struct Slot<T> {
@@ -107,6 +109,50 @@ impl<T> HandleStore<T> {
         shard.free.push(u32::try_from(slot).ok()?);
         self.count.fetch_sub(1, Ordering::Relaxed);
         Some(open)
+    }
+
+    /// Everything, by handle.
+    #[must_use]
+    pub fn list(&self) -> Vec<(u64, Arc<T>)> {
+        let mut all = Vec::with_capacity(self.len());
+        for number in 0..SHARDS as u64 {
+            for (slot, place) in (0u64..).zip(&self.read(number).slots) {
+                if let Some(open) = &place.open {
+                    let handle =
+                        (u64::from(place.generation) << 32) | (slot << SHARD_BITS) | number;
+                    all.push((handle, Arc::clone(open)));
+                }
+            }
+        }
+        all
+    }
+
+    /// Puts what another store listed back under its handles; false where one cannot be a handle.
+    pub fn restore(&self, all: Vec<(u64, T)>) -> bool {
+        let mut good = true;
+        for (handle, open) in all {
+            let (at, generation) = split(handle);
+            let mut shard = self.write(handle);
+            if generation == 0 || at >= MAX_RESTORED_SLOTS {
+                good = false;
+                continue;
+            }
+            if shard.slots.len() <= at {
+                shard.slots.resize_with(at + 1, || Slot { generation: 1, open: None });
+            }
+            let Some(place) = shard.slots.get_mut(at).filter(|slot| slot.open.is_none()) else {
+                good = false;
+                continue;
+            };
+            *place = Slot { generation, open: Some(Arc::new(open)) };
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+        for number in 0..SHARDS as u64 {
+            let mut shard = self.write(number);
+            let slots = (0u32..).zip(&shard.slots);
+            shard.free = slots.filter(|(_, s)| s.open.is_none()).map(|(at, _)| at).collect();
+        }
+        good
     }
 
     /// Things open.

@@ -23,6 +23,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use hashbrown::HashTable;
 
+use restore::Elsewhere;
+
+pub mod restore;
+
 /// Shards; a power of two.
 const SHARDS: usize = 16;
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
@@ -33,7 +37,7 @@ const INLINE_HANDLE: usize = 20;
 pub const ROOT_ID: u64 = 1;
 
 /// What makes two names the same inode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Inode number.
     pub ino: u64,
@@ -270,6 +274,7 @@ pub struct InodeStore {
     shards: [RwLock<Shard>; SHARDS],
     hot_per_shard: AtomicUsize,
     count: AtomicUsize,
+    elsewhere: Elsewhere,
 }
 
 /// The shared directory.
@@ -297,6 +302,7 @@ impl InodeStore {
             shards: std::array::from_fn(|_| RwLock::new(Shard::default())),
             hot_per_shard: AtomicUsize::new((hot_limit / SHARDS).max(2)),
             count: AtomicUsize::new(0),
+            elsewhere: Elsewhere::default(),
         }
     }
 
@@ -373,7 +379,13 @@ impl InodeStore {
     pub fn look_up(&self, key: Key, birth_ns: u64) -> Option<u64> {
         let number = shard_number(key);
         let shard = read(self.shards.get(number)?);
-        let slot = shard.find(key, birth_ns)?;
+        let Some(slot) = shard.find(key, birth_ns) else {
+            drop(shard);
+            let id = self.elsewhere.find(key, birth_ns)?;
+            let shard = read(self.shard(id));
+            shard.get(id)?.lookups.fetch_add(1, Ordering::Relaxed);
+            return Some(id);
+        };
         let node = shard.nodes.get(slot as usize)?;
         node.lookups.fetch_add(1, Ordering::Relaxed);
         Some(join(number, slot, node.generation))
@@ -384,7 +396,9 @@ impl InodeStore {
     pub fn peek(&self, key: Key, birth_ns: u64) -> Option<u64> {
         let number = shard_number(key);
         let shard = read(self.shards.get(number)?);
-        let slot = shard.find(key, birth_ns)?;
+        let Some(slot) = shard.find(key, birth_ns) else {
+            return self.elsewhere.find(key, birth_ns);
+        };
         shard.nodes.get(slot as usize).map(|node| join(number, slot, node.generation))
     }
 
@@ -479,7 +493,8 @@ impl InodeStore {
             return;
         }
         let mut shard = write(self.shard(id));
-        if shard.get(id).is_some() {
+        if let Some(node) = shard.get(id) {
+            self.elsewhere.remove(node.key, node.birth_ns, id);
             shard.unindex(split(id).0);
         }
     }
@@ -506,6 +521,7 @@ impl InodeStore {
             return None;
         }
         let key = node.key;
+        self.elsewhere.remove(key, node.birth_ns, id);
         let fd = shard.remove(split(id).0);
         drop(shard);
         drop(fd);
@@ -530,6 +546,7 @@ impl InodeStore {
 
     /// Forgets everything but the root; `gone` is told each identity.
     pub fn clear_with(&self, gone: &mut dyn FnMut(Key)) {
+        self.elsewhere.clear();
         for lock in &self.shards {
             let mut shard = write(lock);
             for slot in 0..shard.nodes.len() {

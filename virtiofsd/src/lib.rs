@@ -33,18 +33,22 @@ use anyhow::Context as _;
 use outboard_common::admin::AdminSockets;
 use outboard_common::cli::SocketChoice;
 use outboard_common::daemon::{self, Endpoint, RunOptions};
+use outboard_common::handover::{Handover, TakenOver};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
+use outboard_common::sandbox::rlimits;
 use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
 
-use crate::cli::{Arguments, Cache, InodeHandles, SharingArgs, When};
+use crate::cli::{Arguments, Cache, InodeHandles, MigrationArgs, SharingArgs, When};
 use crate::control::FsControl;
 use crate::device::{DeviceOptions, FsDevice};
 use crate::fuse::Limits;
 use crate::passthrough::id_map::IdMap;
 use crate::passthrough::xattr_map::XattrMap;
-use crate::passthrough::{CachePolicy, Config, Demand, InodeFileHandles, PassthroughFs};
+use crate::passthrough::{
+    CachePolicy, Config, Demand, InodeFileHandles, Migration, MigrationMode, OnError, PassthroughFs,
+};
 
 fn demand(when: When) -> Demand {
     match when {
@@ -94,8 +98,25 @@ fn config(arguments: &Arguments) -> anyhow::Result<Config> {
         flock: sharing.flock,
         dax: dax_options(arguments)?,
         timeout: sharing.timeout,
+        migration: migration(arguments.migration),
         ..Config::default()
     })
+}
+
+/// What the command line says of migration.
+fn migration(arguments: MigrationArgs) -> Migration {
+    Migration {
+        mode: match arguments.migration_mode {
+            cli::MigrationMode::FindPaths => MigrationMode::FindPaths,
+            cli::MigrationMode::FileHandles => MigrationMode::FileHandles,
+        },
+        on_error: match arguments.migration_on_error {
+            cli::MigrationOnError::Abort => OnError::Abort,
+            cli::MigrationOnError::GuestError => OnError::GuestError,
+        },
+        verify_handles: arguments.migration_verify_handles,
+        confirm_paths: arguments.migration_confirm_paths,
+    }
 }
 
 /// What the command line says of DAX.
@@ -110,8 +131,12 @@ fn dax_options(arguments: &Arguments) -> anyhow::Result<dax::Options> {
     Ok(options)
 }
 
-/// The socket, with the group that was asked for.
-fn open_socket(arguments: &Arguments) -> anyhow::Result<Transport> {
+/// The socket, with the group that was asked for; or the one that `taken` brought.
+fn open_socket(
+    arguments: &Arguments,
+    name: &str,
+    taken: &mut TakenOver,
+) -> anyhow::Result<Transport> {
     let choice = arguments
         .socket
         .choice()
@@ -122,6 +147,13 @@ fn open_socket(arguments: &Arguments) -> anyhow::Result<Transport> {
         }
         _ => None,
     };
+    let path = match &choice {
+        SocketChoice::Listen(path) => Some(path.clone()),
+        _ => None,
+    };
+    if let Some(transport) = taken.transport(name, path) {
+        return Ok(transport);
+    }
     let transport = Transport::open(&choice)?;
     if let Some((gid, path)) = group {
         group::give(path, gid).with_context(|| format!("--socket-group: {}", path.display()))?;
@@ -137,7 +169,7 @@ fn device_name(arguments: &Arguments, shared: &Path) -> String {
 }
 
 /// Serves what `arguments` ask for until it is told to leave. The start-up order of the house:
-/// arguments → log → sockets → sandbox → threads → serve.
+/// arguments → log → take over → sockets → sandbox → threads → serve.
 ///
 /// # Errors
 /// The operator's mistakes, and what the system refuses.
@@ -146,7 +178,15 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     logging::init(&arguments.log, "virtiofsd")?;
     let shared = arguments.shared_dir.as_deref().context("--shared-dir is needed")?;
     anyhow::ensure!(shared.is_dir(), "--shared-dir: {} is not a directory", shared.display());
-    let transport = open_socket(arguments)?;
+    let name = device_name(arguments, shared);
+    let handover_socket = arguments.handover.handover_socket.as_deref();
+    if handover_socket.is_some() {
+        // What is taken over may be more descriptors than a process has by default.
+        let _ = rlimits::open_files(confinement::OPEN_FILES);
+    }
+    let mut taken = handover_socket.map(TakenOver::from).transpose()?.unwrap_or_default();
+    let transport = open_socket(arguments, &name, &mut taken)?;
+    let handover = handover_socket.map(Handover::listen).transpose()?;
     let admin = AdminSockets::bind(
         arguments.metrics.metrics_socket.as_deref(),
         arguments.control.control_socket.as_deref(),
@@ -157,7 +197,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let device = FsDevice::new(
         fs,
         DeviceOptions {
-            name: device_name(arguments, shared),
+            name: name.clone(),
             tag: arguments.tag,
             request_queues: arguments.threads.num_request_queues,
             slow_threads: usize::from(arguments.threads.thread_pool_size),
@@ -168,12 +208,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let registry = Arc::new(Registry::new("virtiofsd"));
     let options = SessionOptions::new(&arguments.socket, &arguments.threads.workers);
     let control = Arc::new(FsControl(device.server().clone()));
-    let endpoint = Endpoint::new(Arc::new(device), transport, options).counted_in(&registry);
+    let mut endpoint = Endpoint::new(Arc::new(device), transport, options).counted_in(&registry);
+    endpoint.inherited = taken.session(&name);
     let admin = admin.serve(registry, control)?;
     // Kata waits for these words.
     tracing::info!("Waiting for vhost-user socket connection...");
     outboard_common::footprint::give_back_startup_memory();
-    let served = daemon::run(vec![endpoint], RunOptions::default());
+    let served = daemon::run(vec![endpoint], RunOptions { handover, ..RunOptions::default() });
     if let Some(admin) = admin {
         admin.join();
     }

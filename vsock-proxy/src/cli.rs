@@ -120,7 +120,8 @@ pub struct SeveralArgs {
           conflicts_with_all = ["single", "config", "socket_path", "fd"])]
     pub vm: Vec<String>,
 
-    /// TOML file with a [[vm]] for each VM, its keys those of --vm
+    /// File with all VMs, its keys those of --vm: TOML with a [[vm]] for each, or, where its name ends
+    /// in .yaml or .yml, YAML with a list `vms`
     #[arg(long, value_name = "FILE", conflicts_with_all = ["single", "socket_path", "fd"])]
     pub config: Option<PathBuf>,
 }
@@ -203,9 +204,13 @@ fn listening(entry: VmEntry) -> anyhow::Result<Served> {
 
 fn read_file(path: &std::path::Path) -> anyhow::Result<Vec<VmEntry>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    let file: ConfigFile =
-        toml::from_str(&text).with_context(|| format!("read {}", path.display()))?;
-    Ok(file.vm)
+    let is_yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml");
+    let file: anyhow::Result<ConfigFile> = if is_yaml {
+        serde_saphyr::from_str(&text).map_err(|e| anyhow::anyhow!("{e}"))
+    } else {
+        toml::from_str(&text).map_err(Into::into)
+    };
+    Ok(file.with_context(|| format!("read {}", path.display()))?.vm)
 }
 
 #[cfg(test)]

@@ -287,7 +287,7 @@ fn queue_size(value: Option<u64>) -> Result<u16, ConfigError> {
         .ok_or(ConfigError::QueueSize(value))
 }
 
-/// A configuration file: TOML with a `[[vm]]` for each.
+/// A configuration file: TOML with a `[[vm]]` for each, or YAML with a list `vms`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConfigFile {

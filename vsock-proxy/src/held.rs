@@ -38,7 +38,7 @@ pub(crate) struct Flushed {
 impl Held {
     /// Whether nothing is held.
     pub(crate) fn is_empty(&self) -> bool {
-        self.start == self.bytes.len()
+        self.start == self.bytes.len() && self.messages.is_empty()
     }
 
     /// Bytes held.
@@ -57,9 +57,7 @@ impl Held {
         payload.read(&mut self.bytes[old..]);
         if end_of_message {
             let whole: usize = self.messages.iter().sum();
-            if self.len() > whole {
-                self.messages.push_back(self.len() - whole);
-            }
+            self.messages.push_back(self.len() - whole);
         }
         self.messages.len() <= MESSAGES_MAX
     }
@@ -75,7 +73,7 @@ impl Held {
 
     fn take(&mut self, n: usize) {
         self.start += n;
-        if self.is_empty() {
+        if self.start == self.bytes.len() {
             *self = Self { messages: std::mem::take(&mut self.messages), ..Self::default() };
         }
     }
@@ -85,7 +83,7 @@ impl Held {
         let mut flushed = Flushed { bytes: 0, no_reader: false };
         while let Some(piece) = self.next_piece(socket_type) {
             match stream.write(&[piece]) {
-                Written::Bytes(0) => break,
+                Written::NoRoom => break,
                 Written::Bytes(n) => {
                     let short = n < piece.iov_len;
                     if socket_type == SocketType::SeqPacket {
@@ -108,9 +106,9 @@ impl Held {
     }
 
     fn next_piece(&self, socket_type: SocketType) -> Option<iovec> {
-        let bytes = self.bytes.get(self.start..).filter(|b| !b.is_empty())?;
+        let bytes = self.bytes.get(self.start..)?;
         match socket_type {
-            SocketType::Stream => Some(entry(bytes)),
+            SocketType::Stream => (!bytes.is_empty()).then(|| entry(bytes)),
             SocketType::SeqPacket => Some(entry(bytes.get(..*self.messages.front()?)?)),
         }
     }

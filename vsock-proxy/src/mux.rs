@@ -123,6 +123,8 @@ struct Client {
     socket_type: crate::packet::SocketType,
     /// It said `passfd`.
     passes: bool,
+    /// It had not said all when it came, and its events are awaited.
+    is_watched: bool,
     deadline: Instant,
 }
 
@@ -291,7 +293,9 @@ impl Mux {
         let Some(live) = self.live(at) else { return false };
         let watched = is_watched || watch(cx, stream.as_raw_fd(), token, Events::empty());
         live.stream = Some(stream);
-        live.readable = true;
+        // What is watched from now on says itself whether there is anything; asking would be one more
+        // system call for each connection.
+        live.readable = is_watched || !watched;
         watched
     }
 

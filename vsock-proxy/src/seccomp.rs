@@ -7,6 +7,8 @@ use outboard_common::sandbox::seccomp::{Rule, allow, allow_if, argument_is};
 pub const VSOCK: &[Rule] = &[
     allow_if(libc::SYS_socket, &[argument_is(0, AF_UNIX)]),
     allow(libc::SYS_connect),
+    // An empty message and the end of a seqpacket socket read alike: the bytes behind tell.
+    allow_if(libc::SYS_ioctl, &[argument_is(1, FIONREAD)]),
     // Listening sockets are removed at the end.
     allow(libc::SYS_unlinkat),
     #[cfg(target_arch = "x86_64")]
@@ -17,5 +19,6 @@ pub const VSOCK: &[Rule] = &[
 pub const FORWARD: &[Rule] =
     &[allow_if(libc::SYS_socket, &[argument_is(0, AF_VSOCK)]), allow(libc::SYS_connect)];
 
+const FIONREAD: u32 = 0x541b;
 const AF_UNIX: u32 = 1;
 const AF_VSOCK: u32 = 40;

@@ -330,8 +330,14 @@ impl Queue {
     /// Gives the chain popped last back to the ring, untouched, to be popped again. Only for the
     /// latest chain popped, then for the one before it, and so on; none popped after it may have been
     /// pushed.
+    ///
+    /// A guest can break that order: a chain that [`Self::pop`] had to reject in between was pushed.
+    /// The ring cannot be wound back past it, so the chain is returned unused, as rejected ones are.
     pub fn unpop(&mut self, chain: &mut Chain) {
         let token = chain.token;
+        if token.sequence != self.sequence.wrapping_sub(1) {
+            return self.reject(chain, RingError::BehindRejected);
+        }
         match &mut self.format {
             Format::Split { ring, inflight, again } => {
                 if token.again {

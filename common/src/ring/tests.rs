@@ -373,3 +373,47 @@ fn the_record_is_laid_out_as_specified() {
         }
     }
 }
+
+/// A device stages chains; the guest has put one among them that has to be rejected; then the device
+/// finds no use for what it staged.
+#[test]
+fn giving_back_chains_around_a_rejected_one_loses_and_repeats_none() {
+    let split = RingFormat::Split.features();
+    let packed = RingFormat::Packed.features();
+    for features in [split, packed, split | IN_ORDER, packed | IN_ORDER] {
+        for bad in 0..3u64 {
+            let mut world = World::new(features);
+            let mut queue = world.start(world.driver.initial_base());
+            // Three times around the ring, so that a position that is off shows.
+            for round in 0..8u64 {
+                let first = world.added;
+                for n in 0..3 {
+                    let at = BUFFERS + STRIDE * world.added;
+                    let at = if n == bad { 1 << 60 } else { at };
+                    assert!(world.driver.add(&[Buffer::readable(at, 8)], world.added));
+                    world.added += 1;
+                }
+                let mut staged: Vec<Chain> = std::iter::repeat_with(Chain::new)
+                    .map_while(|mut chain| queue.pop(&mut chain).then_some(chain))
+                    .collect();
+                assert_eq!(staged.len(), 2);
+                while let Some(mut chain) = staged.pop() {
+                    queue.unpop(&mut chain);
+                }
+                let mut again = Vec::new();
+                let mut chain = Chain::new();
+                while queue.pop(&mut chain) {
+                    again.push(world.number_of(&chain) - first);
+                    queue.push(&mut chain, 0);
+                }
+                // What was popped before the bad one is returned unused with it.
+                let expected: Vec<u64> = (bad + 1..3).collect();
+                assert_eq!(again, expected, "bad {bad}, round {round}, features {features:#x}");
+                queue.publish();
+                world.collect();
+                assert_eq!((queue.retired(), queue.in_flight()), (None, 0));
+                assert_eq!(world.driver.outstanding(), 0);
+            }
+        }
+    }
+}

@@ -73,6 +73,9 @@ pub enum RingError {
     /// A buffer to read after one to write. Virtio 1.3, 2.7.4.2.
     #[error("readable descriptor after a writable one")]
     Order,
+    /// A chain given back although one behind it was rejected, and so returned, already.
+    #[error("a chain before a rejected one was given back")]
+    BehindRejected,
     /// The device found that it cannot go on with this queue.
     #[error("{0}")]
     Device(&'static str),
@@ -81,7 +84,7 @@ pub enum RingError {
 impl RingError {
     /// Whether only the one chain is bad and the ring itself can go on.
     pub(super) fn is_chain_only(self) -> bool {
-        matches!(self, Self::Address { .. } | Self::TooManyBytes)
+        matches!(self, Self::Address { .. } | Self::TooManyBytes | Self::BehindRejected)
     }
 }
 

@@ -54,7 +54,8 @@ impl Queues {
         self.slots.iter_mut().filter_map(|q| q.as_deref_mut())
     }
 
-    pub(super) fn put(&mut self, queue: Box<Queue>) {
+    /// Puts a queue in that was taken out with [`Self::take`].
+    pub fn put(&mut self, queue: Box<Queue>) {
         let at = usize::from(queue.index());
         if self.slots.len() <= at {
             self.slots.resize_with(at + 1, || None);
@@ -62,7 +63,9 @@ impl Queues {
         self.slots[at] = Some(queue);
     }
 
-    pub(super) fn take(&mut self, index: u16) -> Option<Box<Queue>> {
+    /// Takes queue `index` out, to lend it to another thread. The loop does not serve it until it is
+    /// back; see [`QueueHandler::take_back`].
+    pub fn take(&mut self, index: u16) -> Option<Box<Queue>> {
         self.slots.get_mut(usize::from(index))?.take()
     }
 }
@@ -146,6 +149,13 @@ pub trait QueueHandler: Send {
     /// or given back with `unpop`; the loop publishes.
     fn on_stop(&mut self, index: u16, cx: &mut Context) {
         let _ = (index, cx);
+    }
+
+    /// The session changes queue `index` or wants it back: a handler that lent it to another thread
+    /// puts it back now and says so. Unless the queue stops, `on_kick` follows.
+    fn take_back(&mut self, index: u16, cx: &mut Context) -> bool {
+        let _ = (index, cx);
+        false
     }
 
     /// The driver added chains to queue `index` (or may have). The loop publishes afterwards.
@@ -370,6 +380,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 self.kick(index);
             }
             Command::Stop { index, reply } => {
+                self.handler.take_back(index, &mut self.cx);
                 self.handler.on_stop(index, &mut self.cx);
                 self.publish_all();
                 self.watch_kick(index, None);
@@ -377,15 +388,26 @@ impl<H: QueueHandler> EventLoop<H> {
                 // The session gave up waiting only if it is gone.
                 let _ = reply.send(self.cx.queues.take(index));
             }
-            Command::SetKick(index, kick) => self.set_kick(index, kick),
+            Command::SetKick(index, kick) => {
+                self.handler.take_back(index, &mut self.cx);
+                self.set_kick(index, kick);
+            }
             Command::SetCall(index, call) => {
+                let was_lent = self.handler.take_back(index, &mut self.cx);
                 if let Some(queue) = self.cx.queues.get(index) {
                     queue.set_call(call);
                 }
+                if was_lent {
+                    self.kick(index);
+                }
             }
             Command::SetErr(index, err) => {
+                let was_lent = self.handler.take_back(index, &mut self.cx);
                 if let Some(queue) = self.cx.queues.get(index) {
                     queue.set_err(err);
+                }
+                if was_lent {
+                    self.kick(index);
                 }
             }
         }

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{Buffer, GuestQueue, RingFormat};
-use crate::frontend::{AttachOptions, FrontEnd};
+use crate::frontend::{AttachOptions, BackendChannel, FrontEnd, ShmemPolicy};
 use crate::memory::GuestRam;
 
 /// Nothing that the tests ask for takes longer.
@@ -32,6 +32,7 @@ pub mod op {
     pub const LOOKUP: u32 = 1;
     pub const FORGET: u32 = 2;
     pub const GETATTR: u32 = 3;
+    pub const SETATTR: u32 = 4;
     pub const UNLINK: u32 = 10;
     pub const OPEN: u32 = 14;
     pub const READ: u32 = 15;
@@ -46,7 +47,10 @@ pub mod op {
     pub const SETLKW: u32 = 33;
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
+    pub const FALLOCATE: u32 = 43;
     pub const READDIRPLUS: u32 = 44;
+    pub const SETUPMAPPING: u32 = 48;
+    pub const REMOVEMAPPING: u32 = 49;
 }
 
 /// A message before it is in memory.
@@ -138,6 +142,29 @@ impl FsClient {
     /// # Errors
     /// The daemon does not play along.
     pub fn start(socket: &Path, queues: u16, depth: usize) -> Result<Self> {
+        let mut client = Self::attach(socket, queues, depth)?;
+        client.init()?;
+        Ok(client)
+    }
+
+    /// As [`Self::start`], by a VMM that has a DAX window and maps as `policy` says.
+    ///
+    /// # Errors
+    /// The daemon does not play along, or offers no window.
+    pub fn start_with_window(
+        socket: &Path,
+        queues: u16,
+        depth: usize,
+        policy: ShmemPolicy,
+    ) -> Result<(Self, BackendChannel)> {
+        let mut client = Self::attach(socket, queues, depth)?;
+        let channel = client.front_end.open_backend_channel(policy)?;
+        ensure!(!client.front_end.get_shmem_config()?.is_empty(), "no window is offered");
+        client.init()?;
+        Ok((client, channel))
+    }
+
+    fn attach(socket: &Path, queues: u16, depth: usize) -> Result<Self> {
         let mut front_end = FrontEnd::connect(socket)?;
         let slot = REQUEST_ROOM + REPLY_ROOM + 2 * DATA_ROOM;
         let ram = GuestRam::new((depth as u64 * slot + (16 << 20)).next_multiple_of(2 << 20))?;
@@ -149,13 +176,16 @@ impl FsClient {
         };
         let (queues, _) = front_end.attach(&ram, &attach)?;
         let slots = ram.alloc(depth as u64 * slot, 4096)?;
-        let mut client = Self { front_end, queues, ram, slots, depth, unique: 2 };
+        Ok(Self { front_end, queues, ram, slots, depth, unique: 2 })
+    }
+
+    fn init(&mut self) -> Result<()> {
         let flags = !(1u32 << 31);
         let mut body = [7u32, 45, 1 << 20, flags, u32::MAX].as_bytes().to_vec();
         body.resize(64, 0);
-        let answer = client.call(Message { opcode: op::INIT, body, ..Message::default() })?;
+        let answer = self.call(Message { opcode: op::INIT, body, ..Message::default() })?;
         ensure!(answer.errno == 0, "INIT: errno {}", answer.errno);
-        Ok(client)
+        Ok(())
     }
 
     fn slot(&self, slot: usize) -> u64 {

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -78,11 +78,32 @@ pub struct BackendChannel {
     pub requests: Receiver<BackendRequest>,
     mappings: Shared<Vec<ShmemMapping>>,
     calls: Shared<Vec<Option<EventFd>>>,
+    gate: Arc<Gate>,
     socket: UnixStream,
     thread: Option<JoinHandle<()>>,
 }
 
+/// Answers wait here while it is closed.
+#[derive(Debug, Default)]
+struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn set(&self, closed: bool) {
+        *lock(&self.closed) = closed;
+        self.opened.notify_all();
+    }
+
+    fn pass(&self) {
+        let closed = self.opened.wait_while(lock(&self.closed), |closed| *closed);
+        drop(closed.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
 struct Server {
+    gate: Arc<Gate>,
     wire: Wire,
     front_end: FrontEnd,
     policy: ShmemPolicy,
@@ -104,10 +125,12 @@ impl BackendChannel {
         let (sender, requests) = channel();
         let mappings = Shared::default();
         let calls = Shared::default();
+        let gate = Arc::<Gate>::default();
         let wire = Wire::new(socket.try_clone()?)?;
         // The daemon may be silent for as long as it likes.
         socket.set_read_timeout(None)?;
         let server = Server {
+            gate: Arc::clone(&gate),
             wire,
             front_end,
             policy,
@@ -124,7 +147,7 @@ impl BackendChannel {
                     }
                 }
             })?;
-        Ok(Self { requests, mappings, calls, socket, thread: Some(thread) })
+        Ok(Self { requests, mappings, calls, gate, socket, thread: Some(thread) })
     }
 
     /// Turns VRING_CALL for queue `index` into a signal on `call`.
@@ -137,6 +160,11 @@ impl BackendChannel {
         calls[at] = Some(call);
     }
 
+    /// A VMM that is slow, or stuck: requests are carried out, and their answers wait while `held`.
+    pub fn hold_answers(&self, held: bool) {
+        self.gate.set(held);
+    }
+
     /// How many ranges are mapped.
     #[must_use]
     pub fn mapped(&self) -> usize {
@@ -146,6 +174,22 @@ impl BackendChannel {
     /// Calls `look` with what is mapped now.
     pub fn with_mappings<T>(&self, look: impl FnOnce(&[ShmemMapping]) -> T) -> T {
         look(&lock(&self.mappings))
+    }
+
+    /// Writes what a guest would at offset `at` of its window.
+    ///
+    /// # Errors
+    /// Nothing is mapped there, or for reading only.
+    pub fn write_window(&self, at: u64, data: &[u8]) -> Result<()> {
+        let mappings = lock(&self.mappings);
+        let found = mappings
+            .iter()
+            .find(|m| at >= m.shm_offset && at + data.len() as u64 <= m.shm_offset + m.len);
+        let m = found.with_context(|| format!("nothing is mapped at {at:#x}"))?;
+        ensure!(m.flags & 1 != 0, "mapped for reading only");
+        m.file.write_all_at(data, m.fd_offset + (at - m.shm_offset))?;
+        drop(mappings);
+        Ok(())
     }
 
     /// What a guest would read at offset `at` of its window.
@@ -167,6 +211,7 @@ impl BackendChannel {
 impl Drop for BackendChannel {
     fn drop(&mut self) {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        self.gate.set(false);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -182,6 +227,7 @@ impl Server {
         let outcome = self.handle(&mut message);
         if message.flags & FLAG_NEED_REPLY != 0 {
             let status = u64::from(outcome.is_err());
+            self.gate.pass();
             self.wire.send(message.request, FLAG_REPLY, &status.to_ne_bytes(), &[])?;
         }
         Ok(())

@@ -1,3 +1,5 @@
+use outboard_common::metrics::Registry;
+
 use super::*;
 use crate::store::memory;
 
@@ -12,7 +14,8 @@ fn device(write_cache: bool, read_only: bool) -> BlkDevice {
         discard: true,
         limits: Limits::default(),
     };
-    BlkDevice::new(options, memory::open(1 << 20).unwrap(), Arc::default()).unwrap()
+    let metrics = Registry::new("test").device("disk");
+    BlkDevice::new(options, memory::open(1 << 20).unwrap(), Arc::default(), metrics).unwrap()
 }
 
 const FLUSH: u64 = bit(spec::VIRTIO_BLK_F_FLUSH);

@@ -39,6 +39,8 @@ pub struct Done {
     pub read: bool,
     /// The data's place, for the worker to put back.
     pub data: IoVecs,
+    /// Bytes that were to be moved.
+    pub bytes: u64,
     /// How it went.
     pub result: io::Result<()>,
 }
@@ -113,7 +115,8 @@ impl Pool {
                     drop(queue);
                     if let Some(Job { slot, request, data, .. }) = job {
                         let read = matches!(request, Request::Read { .. });
-                        self.shared.finish(Done { slot, read, data, result: Err(error) });
+                        let result = Err(error);
+                        self.shared.finish(Done { slot, read, data, bytes: 0, result });
                     }
                 }
             }
@@ -157,8 +160,12 @@ impl Shared {
     fn work(&self) {
         while let Some(Job { slot, request, mut data, durable }) = self.next_job() {
             let read = matches!(request, Request::Read { .. });
+            let bytes = match request {
+                Request::Read { .. } | Request::Write { .. } => data.len() as u64,
+                _ => 0,
+            };
             let result = perform(&*self.image, request, &mut data, durable);
-            self.finish(Done { slot, read, data, result });
+            self.finish(Done { slot, read, data, bytes, result });
         }
     }
 }

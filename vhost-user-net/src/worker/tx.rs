@@ -29,11 +29,11 @@ const HEAD_SIZE: usize = HEADER_SIZE + INSPECTED_BYTES;
 
 /// A frame on its way out.
 #[derive(Debug)]
-struct Slot {
-    chain: Chain,
-    head: [u8; HEAD_SIZE],
+pub(super) struct Slot {
+    pub(super) chain: Chain,
+    pub(super) head: [u8; HEAD_SIZE],
     /// Bytes with header.
-    len: usize,
+    pub(super) len: usize,
 }
 
 /// The transmit side of a queue pair.
@@ -49,11 +49,10 @@ pub(super) struct TxSide {
 
 impl TxSide {
     pub(super) fn new(shared: Arc<Shared>, metrics: PairMetrics) -> Self {
-        let slot = || Slot { chain: Chain::new(), head: [0; HEAD_SIZE], len: 0 };
         Self {
             shared,
             metrics,
-            slots: (0..BATCH).map(|_| slot()).collect(),
+            slots: (0..BATCH).map(|_| Slot::new()).collect(),
             frames: (0..BATCH).map(|_| FrameMemory::default()).collect(),
             header_size: HEADER_SIZE,
             offloads: TxOffloads::default(),
@@ -153,9 +152,17 @@ impl TxSide {
 }
 
 impl Slot {
+    pub(super) fn new() -> Self {
+        Self { chain: Chain::new(), head: [0; HEAD_SIZE], len: 0 }
+    }
+
     /// Copies the frame's head and puts a clean header in it; gives the bytes in `head`.
     #[inline]
-    fn prepare(&mut self, header_size: usize, offloads: TxOffloads) -> Result<usize, HeaderFault> {
+    pub(super) fn prepare(
+        &mut self,
+        header_size: usize,
+        offloads: TxOffloads,
+    ) -> Result<usize, HeaderFault> {
         self.len = self.chain.readable.len();
         let copied = self.chain.readable.read(&mut self.head);
         let frame_len = self.len.checked_sub(header_size).ok_or(HeaderFault::Short(self.len))?;

@@ -113,10 +113,11 @@ impl Claims {
         self.by_offset.is_empty()
     }
 
-    /// Mappings that the VMM has for us.
+    /// What the VMM may have to hold for us at any time, in mappings: a claim that has fewer than two can
+    /// come to have two, whenever its file changes.
     #[must_use]
-    pub fn mappings(&self) -> usize {
-        self.by_offset.values().map(|c| c.pieces.count()).sum()
+    pub fn budget(&self) -> usize {
+        self.by_offset.values().map(|c| c.pieces.count().max(2)).sum()
     }
 
     /// Window offsets of the claims that lie in `offset .. offset + len`.

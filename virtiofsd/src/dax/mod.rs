@@ -29,7 +29,7 @@ pub use window::{ChannelWindow, take_interrupted};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::claims::{Claim, ClaimError, Claims, PAGE, Pieces};
@@ -107,12 +107,40 @@ impl Options {
     }
 }
 
+type Window = Arc<dyn DaxWindow + Send + Sync>;
+
 struct State {
     claims: Claims,
     tails: Tails,
-    /// Ranges and lengths that the VMM still has mapped for a guest that is gone.
+    /// Ranges and lengths that the VMM may have mapped and nobody wants: those of a guest that is gone,
+    /// and those of requests that were interrupted before the VMM's answer came.
     stale: Vec<(u64, u64)>,
-    window: Option<Arc<dyn DaxWindow + Send + Sync>>,
+    /// Files whose mappings were to be refreshed when the rings were being stopped.
+    owed: Vec<u64>,
+    /// The way to the VMM, under a lock of its own: the session changes it while a mapping waits.
+    window: Arc<Mutex<Option<Window>>>,
+}
+
+impl State {
+    fn window(&self) -> Option<Window> {
+        self.window.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Unmaps what nobody wants. The VMM refuses what it does not have, which is as good.
+    fn settle(&mut self) -> io::Result<()> {
+        while let (Some(&(offset, len)), Some(window)) = (self.stale.last(), self.window()) {
+            match window.unmap(offset, len) {
+                Err(error) if is_interrupted(&error) => return Err(error),
+                _ => self.stale.pop(),
+            };
+        }
+        Ok(())
+    }
+}
+
+/// The rings are being stopped: the request will be done again, from its start.
+fn is_interrupted(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINTR)
 }
 
 /// The window and what is in it.
@@ -120,6 +148,9 @@ pub struct Dax {
     options: Options,
     /// Claims there are: 0 is the way out of every call on the hot path.
     active: AtomicUsize,
+    /// There is a way to the VMM. Asked for every attribute, so it never waits for a mapping.
+    ready: AtomicBool,
+    window: Arc<Mutex<Option<Window>>>,
     state: Mutex<State>,
 }
 
@@ -147,13 +178,23 @@ impl Dax {
     /// # Errors
     /// The process is out of descriptors.
     pub fn new(options: Options) -> io::Result<Self> {
+        let window = Arc::default();
         let state = State {
             claims: Claims::new(options.window),
             tails: Tails::new()?,
             stale: Vec::new(),
-            window: None,
+            owed: Vec::new(),
+            window: Arc::clone(&window),
         };
-        Ok(Self { options, active: AtomicUsize::new(0), state: Mutex::new(state) })
+        let (active, ready) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Ok(Self { options, active, ready, window, state: Mutex::new(state) })
+    }
+
+    /// The state, with nothing mapped that nobody wants.
+    fn settled(&self) -> io::Result<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        state.settle()?;
+        Ok(state)
     }
 
     /// What the operator wants.
@@ -179,26 +220,31 @@ impl Dax {
         self.options.vmm == Vmm::Strict
     }
 
-    /// The way to the VMM is there, or gone with all that it had mapped.
-    pub fn set_window(&self, window: Option<Arc<dyn DaxWindow + Send + Sync>>) {
-        let mut state = self.lock();
-        if window.is_none() {
+    /// The way to the VMM is there, or gone with all that it had mapped. It may come while a mapping
+    /// waits for the VMM, which may wait for us; it goes when no ring runs.
+    pub fn set_window(&self, window: Option<Window>) {
+        self.ready.store(window.is_some(), Ordering::Release);
+        let gone = window.is_none();
+        *self.window.lock().unwrap_or_else(PoisonError::into_inner) = window;
+        if gone {
+            let mut state = self.lock();
             state.stale.clear();
+            state.owed.clear();
             self.drop_claims(&mut state, false);
         }
-        state.window = window;
     }
 
     /// Whether there is a way to the VMM.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.lock().window.is_some()
+        self.ready.load(Ordering::Acquire)
     }
 
     /// The guest is gone; the VMM may still have its mappings. They are taken back when the next guest
     /// starts, on a thread that may wait.
     pub fn forget_guest(&self) {
         let mut state = self.lock();
+        state.owed.clear();
         self.drop_claims(&mut state, true);
     }
 
@@ -221,15 +267,9 @@ impl Dax {
     /// A new guest starts: what an older one left mapped goes.
     ///
     /// # Errors
-    /// The VMM refused, or the rings are being stopped.
+    /// The rings are being stopped.
     pub fn start_guest(&self) -> io::Result<()> {
-        let mut state = self.lock();
-        let Some(window) = state.window.clone() else { return Ok(()) };
-        while let Some(&(offset, len)) = state.stale.last() {
-            window.unmap(offset, len)?;
-            state.stale.pop();
-        }
-        Ok(())
+        self.settled().map(drop)
     }
 
     /// SETUPMAPPING, of the file `file`.
@@ -240,10 +280,10 @@ impl Dax {
         if !request.file_offset.is_multiple_of(PAGE) {
             return Err(refused(ClaimError::BadRange));
         }
-        let mut state = self.lock();
+        let mut state = self.settled()?;
         let old = state.claims.covered(request.window_offset, request.len).map_err(refused)?;
         let strict = self.options.vmm == Vmm::Strict;
-        if strict && state.claims.mappings() + 2 > MAX_STRICT_MAPPINGS && old.is_empty() {
+        if strict && state.claims.budget() + 2 > MAX_STRICT_MAPPINGS && old.is_empty() {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
         for offset in old {
@@ -272,7 +312,7 @@ impl Dax {
     /// # Errors
     /// EINVAL for a range that cuts one that was set up; what the VMM answered.
     pub fn remove(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut state = self.lock();
+        let mut state = self.settled()?;
         for offset in state.claims.covered(offset, len).map_err(refused)? {
             self.take_out(&mut state, offset)?;
         }
@@ -312,7 +352,9 @@ impl Dax {
         }
         // What is right already stays, since the guest may be reading it: a growing file gets
         // another mapping behind, until there are too many.
-        let keep = whole >= shown && claim.pieces.parts.len() < MAX_PARTS;
+        let (now, parts) = (claim.pieces.count().max(2), claim.pieces.parts.len());
+        let fits = state.claims.budget() - now + parts + 2 <= MAX_STRICT_MAPPINGS;
+        let keep = whole >= shown && parts < MAX_PARTS && (fits || parts + 2 <= now);
         if keep {
             hide_tail(state, offset)?;
         } else {
@@ -342,11 +384,39 @@ impl Dax {
         inode: u64,
         mut each: impl FnMut(&mut State, u64) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut state = self.lock();
+        let mut state = self.settled()?;
+        self.pay(&mut state)?;
         for offset in state.claims.of_inode(inode) {
             each(&mut state, offset)?;
         }
         Ok(())
+    }
+
+    /// Refreshes what could not be while the rings were being stopped.
+    fn pay(&self, state: &mut State) -> io::Result<()> {
+        while let Some(&inode) = state.owed.last() {
+            for offset in state.claims.of_inode(inode) {
+                self.show(state, offset, None)?;
+                sync_claim(state, offset)?;
+            }
+            state.owed.pop();
+        }
+        Ok(())
+    }
+
+    /// As [`Self::refresh`], after an operation that must not be done twice: when the rings are being
+    /// stopped, the next request does the rest.
+    ///
+    /// # Errors
+    /// The VMM refused, or the file cannot be read.
+    pub fn refresh_later(&self, inode: u64) -> io::Result<()> {
+        match self.refresh(inode) {
+            Err(error) if is_interrupted(&error) && take_interrupted() => {
+                self.lock().owed.push(inode);
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     /// Writes back what the guest changed in copied pages of any file.
@@ -401,8 +471,30 @@ impl Dax {
     }
 }
 
-fn window_of(state: &State) -> io::Result<Arc<dyn DaxWindow + Send + Sync>> {
-    state.window.clone().ok_or_else(not_supported)
+/// Maps, when nothing that is not wanted is in the way any more.
+fn map(
+    state: &mut State,
+    file: BorrowedFd<'_>,
+    file_offset: u64,
+    (at, len): (u64, u64),
+    write: bool,
+) -> io::Result<()> {
+    state.settle()?;
+    let window = state.window().ok_or_else(not_supported)?;
+    let done = window.map(file, file_offset, at, len, write);
+    if done.as_ref().is_err_and(is_interrupted) {
+        state.stale.push((at, len));
+    }
+    done
+}
+
+/// Unmaps. When it is interrupted, nobody wants the mapping any more, and it may be gone or not.
+fn unmap(state: &mut State, at: u64, len: u64) -> io::Result<()> {
+    let done = state.window().map_or(Ok(()), |window| window.unmap(at, len));
+    if done.as_ref().is_err_and(is_interrupted) {
+        state.stale.push((at, len));
+    }
+    done
 }
 
 /// Maps `len` bytes of the file behind what the claim at `offset` shows of it. `claim` is a copy of it.
@@ -411,8 +503,8 @@ fn extend(state: &mut State, offset: u64, claim: &Claim, len: u64, write: bool) 
         return Ok(());
     }
     let shown = state.claims.get_mut(offset).map_or(0, |c| c.pieces.file());
-    let window = window_of(state)?;
-    window.map(claim.file.as_fd(), claim.file_offset + shown, offset + shown, len, write)?;
+    let range = (offset + shown, len);
+    map(state, claim.file.as_fd(), claim.file_offset + shown, range, write)?;
     if let Some(claim) = state.claims.get_mut(offset) {
         claim.pieces.parts.push(len);
     }
@@ -427,9 +519,10 @@ fn show_tail(
     claim: &Claim,
     range: Range<u64>,
 ) -> io::Result<()> {
-    let window = window_of(state)?;
+    state.settle()?;
     let slot = state.tails.acquire(claim.inode, claim.file.as_fd(), range)?;
-    if let Err(error) = window.map(state.tails.memory(), slot.live_offset(), at, PAGE, true) {
+    let memory = state.tails.memory_handle();
+    if let Err(error) = map(state, memory.as_fd(), slot.live_offset(), (at, PAGE), true) {
         state.tails.release(slot);
         return Err(error);
     }
@@ -453,27 +546,31 @@ fn hide_tail(state: &mut State, offset: u64) -> io::Result<()> {
     sync_claim(state, offset)?;
     let Some(claim) = state.claims.get_mut(offset) else { return Ok(()) };
     let (Some(slot), at) = (claim.pieces.tail, offset + claim.pieces.file()) else { return Ok(()) };
-    if let Some(window) = &state.window {
-        window.unmap(at, PAGE)?;
+    let done = unmap(state, at, PAGE);
+    if done.as_ref().is_err_and(|error| !is_interrupted(error)) {
+        return done;
     }
     if let Some(claim) = state.claims.get_mut(offset) {
         claim.pieces.tail = None;
     }
     state.tails.release(slot);
-    Ok(())
+    done
 }
 
 /// Unmaps everything of the claim at `offset`, which stays a claim.
 fn hide(state: &mut State, offset: u64) -> io::Result<()> {
     hide_tail(state, offset)?;
-    let window = state.window.clone();
     while let Some(claim) = state.claims.get_mut(offset) {
         let Some(&len) = claim.pieces.parts.last() else { break };
         let at = offset + claim.pieces.file() - len;
-        if let Some(window) = &window {
-            window.unmap(at, len)?;
+        let done = unmap(state, at, len);
+        if done.as_ref().is_err_and(|error| !is_interrupted(error)) {
+            return done;
         }
-        claim.pieces.parts.pop();
+        if let Some(claim) = state.claims.get_mut(offset) {
+            claim.pieces.parts.pop();
+        }
+        done?;
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::MemfdFlags;
 
@@ -48,7 +49,7 @@ struct Tail {
 /// All copied pages.
 #[derive(Debug)]
 pub struct Tails {
-    memory: OwnedFd,
+    memory: Arc<OwnedFd>,
     slots: BTreeMap<u64, Tail>,
     /// Slots that the memory file has room for.
     capacity: u64,
@@ -63,6 +64,7 @@ impl Tails {
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Self> {
         let memory = rustix::fs::memfd_create("dax-tails", MemfdFlags::CLOEXEC)?;
+        let memory = Arc::new(memory);
         Ok(Self { memory, slots: BTreeMap::new(), capacity: 0 })
     }
 
@@ -70,6 +72,12 @@ impl Tails {
     #[must_use]
     pub fn memory(&self) -> BorrowedFd<'_> {
         self.memory.as_fd()
+    }
+
+    /// The memory file, to be kept for the time of a call.
+    #[must_use]
+    pub fn memory_handle(&self) -> Arc<OwnedFd> {
+        self.memory.clone()
     }
 
     /// A page that shows `range` of `file`; the same one for all that ask for the same inode.
@@ -92,7 +100,7 @@ impl Tails {
             (0..self.capacity).find(|n| !self.slots.contains_key(n)).unwrap_or(self.capacity);
         let slot = TailSlot(number);
         if number == self.capacity {
-            rustix::fs::ftruncate(&self.memory, (number + 1) * 2 * PAGE)?;
+            rustix::fs::ftruncate(self.memory(), (number + 1) * 2 * PAGE)?;
             self.capacity += 1;
         }
         let page = read_page(file, &range)?;

@@ -15,8 +15,8 @@
 //! All errors are `io::Error`s made from an errno, which allocate nothing; their errno is the reply's.
 
 use std::ffi::CStr;
-use std::io;
-use std::os::fd::BorrowedFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -391,6 +391,35 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
             let size = super::wire::direntplus_size(dirent.name.len());
             Ok(if sink.add(dirent, &entry) { size } else { 0 })
         })
+    }
+
+    /// Whether a session can be saved.
+    fn can_save(&self) -> bool {
+        false
+    }
+
+    /// Writes what the guest knows and has open. No request is being done.
+    ///
+    /// # Errors
+    /// Something cannot be told to another process.
+    fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
+        anyhow::bail!("this file system cannot be moved")
+    }
+
+    /// The same for a process on this machine that gets the descriptors added to `fds` too.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
+        self.save(to)
+    }
+
+    /// Becomes what was saved; `fds` came along. Returns the flags that INIT agreed on.
+    ///
+    /// # Errors
+    /// The state is damaged, or something in it cannot be found here.
+    fn load(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
+        anyhow::bail!("this file system cannot be moved")
     }
 
     /// Bytes of the DAX window that the device shall have; 0: none.

@@ -56,6 +56,39 @@ pub enum Demand {
     Always,
 }
 
+/// How a migration tells the destination of an inode (`--migration-mode`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MigrationMode {
+    /// By its path in the shared directory.
+    #[default]
+    FindPaths,
+    /// By its file handle: both sides share the same file system.
+    FileHandles,
+}
+
+/// What an inode that cannot be found means at the destination (`--migration-on-error`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnError {
+    /// The migration fails, and the guest goes on at the source.
+    #[default]
+    Abort,
+    /// The guest goes on here, and gets errors for that inode.
+    GuestError,
+}
+
+/// How guests move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Migration {
+    /// `--migration-mode`.
+    pub mode: MigrationMode,
+    /// `--migration-on-error`.
+    pub on_error: OnError,
+    /// `--migration-verify-handles`: the destination shall compare file handles.
+    pub verify_handles: bool,
+    /// `--migration-confirm-paths`: look at each path again when all are found.
+    pub confirm_paths: bool,
+}
+
 /// What the operator chose for the passthrough.
 #[derive(Debug, Clone)]
 #[allow(clippy::struct_excessive_bools, reason = "each is one flag of the command line")]
@@ -100,6 +133,8 @@ pub struct Config {
     pub timeout: Option<Duration>,
     /// `--dax`, `--dax-window`, `--dax-vmm`.
     pub dax: dax::Options,
+    /// `--migration-…`.
+    pub migration: Migration,
     /// Fds kept open for inodes that have file handles.
     pub hot_fds: usize,
 }
@@ -127,6 +162,7 @@ impl Default for Config {
             flock: false,
             timeout: None,
             dax: dax::Options::default(),
+            migration: Migration::default(),
             hot_fds: 2048,
         }
     }

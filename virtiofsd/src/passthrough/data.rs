@@ -6,6 +6,7 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, OpenOptions};
 use fuse_backend_rs::api::filesystem::Context;
@@ -50,6 +51,18 @@ pub(super) struct OpenFile {
     /// Opened with flags that make writes wait for the disk.
     synchronous: bool,
     speed: Speed,
+    /// The guest has a BSD lock on it.
+    flocked: AtomicBool,
+}
+
+impl OpenFile {
+    pub(super) fn is_flocked(&self) -> bool {
+        self.flocked.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_flocked(&self, flocked: bool) {
+        self.flocked.store(flocked, Ordering::Relaxed);
+    }
 }
 
 impl PassthroughFs {
@@ -96,15 +109,26 @@ impl PassthroughFs {
     }
 
     fn keep_open(&self, id: u64, fd: OwnedFd, flags: i32, mount: u32) -> io::Result<u64> {
-        let speed = self.mounts.get(mount).map_or(Speed::Remote, |mount| mount.speed);
-        let file = OpenFile {
+        self.files.insert(self.open_file(id, fd, flags, mount)).ok_or(errno(libc::ENFILE))
+    }
+
+    fn open_file(&self, id: u64, fd: OwnedFd, flags: i32, mount: u32) -> OpenFile {
+        OpenFile {
             fd,
             inode: id,
             writes: flags & libc::O_ACCMODE != libc::O_RDONLY,
             synchronous: flags & (libc::O_DIRECT | libc::O_SYNC | libc::O_DSYNC) != 0,
-            speed,
-        };
-        self.files.insert(file).ok_or(errno(libc::ENFILE))
+            speed: self.mounts.get(mount).map_or(Speed::Remote, |mount| mount.speed),
+            flocked: AtomicBool::new(false),
+        }
+    }
+
+    /// A file that another process had open for us, or that was opened again with its flags.
+    pub(super) fn open_file_of(&self, id: u64, fd: OwnedFd, flags: i32) -> OpenFile {
+        // An inode that came as a descriptor is of a mount that is not ours: the root's is the same.
+        let mount = self.inodes.mount(id).filter(|id| self.mounts.get(*id).is_some());
+        let mount = mount.unwrap_or(self.inodes.root_info().key.mount);
+        self.open_file(id, fd, flags, mount)
     }
 
     /// OPEN.

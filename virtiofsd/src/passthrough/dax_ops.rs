@@ -83,21 +83,33 @@ impl PassthroughFs {
         self.dax.as_ref().map_or(Ok(()), |dax| dax.refresh(id))
     }
 
+    /// Makes the mappings of `id` fit after an operation that may have to be done again, or must not.
+    #[inline]
+    fn refresh_after(&self, id: u64, repeatable: bool) -> io::Result<()> {
+        match &self.dax {
+            Some(dax) if repeatable => dax.refresh(id),
+            Some(dax) => dax.refresh_later(id),
+            None => Ok(()),
+        }
+    }
+
     /// Writes back what the guest changed in pages that are shown from a copy.
     pub(super) fn write_mappings_back(&self) -> io::Result<()> {
         self.dax.as_ref().map_or(Ok(()), Dax::write_back)
     }
 
-    /// Runs `operation`, which may change the contents or grow the file `id`.
+    /// Runs `operation`, which may change the contents or grow the file `id`; `repeatable` when doing it
+    /// twice is the same as once.
     #[inline]
     pub(super) fn growing<T>(
         &self,
         id: u64,
+        repeatable: bool,
         operation: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
         self.refresh_mapping(id)?;
         let done = operation()?;
-        self.refresh_mapping(id)?;
+        self.refresh_after(id, repeatable)?;
         Ok(done)
     }
 
@@ -146,7 +158,7 @@ impl PassthroughFs {
             self.refresh_mapping(id)?;
         }
         let done = operation();
-        self.refresh_mapping(id)?;
+        self.refresh_after(id, !upheaval)?;
         done
     }
 }

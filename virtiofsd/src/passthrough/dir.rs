@@ -62,6 +62,19 @@ fn parse_record(bytes: &[u8]) -> Option<Record<'_>> {
 }
 
 impl OpenDir {
+    /// `fd`, opened for node `inode`.
+    pub(super) fn new(fd: OwnedFd, inode: u64) -> Self {
+        Self { fd, inode, stream: Mutex::default() }
+    }
+
+    pub(super) fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    pub(super) fn inode(&self) -> u64 {
+        self.inode
+    }
+
     /// Calls `each` with the records from `offset` on, until it says false or the directory ends. An
     /// error ends it too; it is kept for the next call if something was handed out already.
     fn for_each(
@@ -111,8 +124,7 @@ impl PassthroughFs {
     /// OPENDIR.
     pub(super) fn do_opendir(&self, id: u64) -> io::Result<u64> {
         let fd = self.open_node(id, libc::O_RDONLY | libc::O_DIRECTORY)?;
-        let dir = OpenDir { fd, inode: id, stream: Mutex::default() };
-        self.dirs.insert(dir).ok_or(errno(libc::ENFILE))
+        self.dirs.insert(OpenDir::new(fd, id)).ok_or(errno(libc::ENFILE))
     }
 
     /// RELEASEDIR.

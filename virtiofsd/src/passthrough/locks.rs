@@ -68,6 +68,19 @@ impl Locks {
         }
     }
 
+    /// Who holds locks, on which open file, and the process that asked.
+    pub(super) fn list(&self) -> Vec<(Holder, Arc<OwnedFd>, u32)> {
+        let held = self.held();
+        held.iter().map(|(holder, one)| (*holder, Arc::clone(&one.fd), one.pid)).collect()
+    }
+
+    /// Puts the locks of a holder back, which the open file `fd` carries.
+    pub(super) fn restore(&self, holder: Holder, fd: OwnedFd, pid: u32) {
+        let mut held = self.held();
+        held.insert(holder, Held { fd: Arc::new(fd), pid });
+        self.count.store(held.len(), Ordering::Release);
+    }
+
     /// A lock may be free now.
     pub(super) fn wake(&self) {
         self.released.notify_all();
@@ -148,6 +161,7 @@ impl PassthroughFs {
                 _ => FlockOperation::NonBlockingUnlock,
             };
             rustix::fs::flock(&file.fd, operation)?;
+            file.set_flocked(!unlocks);
         } else if unlocks && wanted.l_start == 0 && wanted.l_len == 0 {
             self.locks.release_owner(id, owner);
         } else if unlocks && !self.locks.held().contains_key(&(id, owner)) {

@@ -27,6 +27,7 @@
 //! | [`namespace`] | MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME, READLINK |
 //! | [`xattr`] | extended attributes, their mapping, labels |
 //! | [`locks`] | POSIX and BSD locks |
+//! | [`state`] | a session as data, for another process |
 //! | [`traits`] | from the FUSE server's traits to the above |
 
 mod attr;
@@ -41,6 +42,7 @@ mod lookup;
 mod mounts;
 mod namespace;
 mod negotiate;
+mod state;
 mod sys;
 mod traits;
 mod xattr;
@@ -58,7 +60,9 @@ use std::time::Duration;
 use fuse_backend_rs::api::filesystem::Context;
 use rustix::fs::{Mode, OFlags};
 
-pub use config::{CachePolicy, Config, Demand, InodeFileHandles};
+pub use config::{
+    CachePolicy, Config, Demand, InodeFileHandles, Migration, MigrationMode, OnError,
+};
 use credentials::{ActingAs, Caller, OwnIds};
 use locks::Locks;
 use mounts::Mounts;

@@ -121,6 +121,16 @@ impl Mounts {
         Ok(new)
     }
 
+    /// Counts a node for mount `id`; false if that is not in use, or opens no handles.
+    pub(super) fn count(&self, id: u32) -> bool {
+        let list = self.list.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(mount) = list.iter().find(|mount| mount.id == id && mount.fd.is_some()) else {
+            return false;
+        };
+        mount.nodes.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
     /// A node of mount `id` is gone.
     pub(super) fn release(&self, id: u32) {
         {

@@ -5,3 +5,4 @@ mod families;
 mod harness;
 mod ids;
 mod property;
+mod state;

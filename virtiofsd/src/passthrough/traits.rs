@@ -1,8 +1,8 @@
 //! The passthrough as the FUSE server's [`FileSystem`] and [`Extension`].
 
 use std::ffi::CStr;
-use std::io;
-use std::os::fd::AsFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -371,6 +371,22 @@ impl Extension for PassthroughFs {
         self.start_session(capable)
     }
 
+    fn can_save(&self) -> bool {
+        self.is_savable()
+    }
+
+    fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
+        self.save_bytes(to)
+    }
+
+    fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
+        self.save_with_fds(to, fds)
+    }
+
+    fn load(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
+        self.load_from(from, fds)
+    }
+
     fn on_thread(&self) {
         if let Err(error) = self.prepare_thread() {
             // Each operation that needs it tries again and reports the error to the guest.
@@ -398,7 +414,9 @@ impl Extension for PassthroughFs {
         data: &IoVecs,
         wait: Wait,
     ) -> io::Result<usize> {
-        self.growing(request.inode, || self.do_write(request, data, wait))
+        // Of a request that goes back into its ring, an append must not have been done.
+        let repeatable = request.flags & libc::O_APPEND.cast_unsigned() == 0;
+        self.growing(request.inode, repeatable, || self.do_write(request, data, wait))
     }
 
     fn attr_flags(&self, inode: u64, attr: &stat64) -> u32 {
@@ -501,7 +519,9 @@ impl Extension for PassthroughFs {
 
     fn copy_file_range(&self, _ctx: &Context, range: &CopyRange) -> io::Result<u64> {
         self.refresh_mapping(range.inode_in)?;
-        self.growing(range.inode_out, || self.do_copy_file_range(range))
+        // Within one file the copied bytes may be among those that were copied over.
+        let repeatable = range.inode_in != range.inode_out;
+        self.growing(range.inode_out, repeatable, || self.do_copy_file_range(range))
     }
 
     fn dax_window(&self) -> u64 {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use libc::iovec;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::Shutdown;
 
 use super::io as calls;
@@ -40,8 +41,10 @@ pub(crate) enum Read {
 /// What a write did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Written {
-    /// So many bytes are gone; fewer than there were means that there was no room.
+    /// So many bytes are gone; fewer than there were means that there was no room for more.
     Bytes(usize),
+    /// Nothing is gone, not even an empty message.
+    NoRoom,
     /// Nobody will ever read.
     NoReader,
 }
@@ -126,7 +129,7 @@ impl HostStream {
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
             {
-                Written::Bytes(0)
+                Written::NoRoom
             }
             // With `keep` the reader may come back; what is written meanwhile is lost to it, as it
             // is to every reader of a pipe that leaves.
@@ -139,11 +142,23 @@ impl HostStream {
 
     /// Whether its peer is gone in both directions.
     pub(crate) fn has_hung_up(&self) -> bool {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut fds = [PollFd::new(&self.fd, PollFlags::empty())];
+        self.polls(PollFlags::HUP | PollFlags::ERR)
+    }
+
+    /// Whether its peer writes no more, or is gone.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.polls(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
+    }
+
+    fn polls(&self, wanted: PollFlags) -> bool {
+        let mut fds = [PollFd::new(&self.fd, wanted)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut fds, Some(&now)).is_ok()
-            && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+        poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(wanted)
+    }
+
+    /// Whether bytes wait to be read, behind whatever empty messages there are.
+    pub(crate) fn has_bytes(&self) -> bool {
+        rustix::io::ioctl_fionread(&self.fd).is_ok_and(|n| n > 0)
     }
 
     /// Whether it is open elsewhere too, so that closing it does not end its being watched.

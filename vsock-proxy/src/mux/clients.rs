@@ -40,16 +40,25 @@ impl Mux {
             return;
         }
         let deadline = Instant::now() + GREETING_TIMEOUT;
-        let fd = stream.as_raw_fd();
-        let client = Client { stream, socket_type, passes: false, deadline };
+        let client = Client { stream, socket_type, passes: false, is_watched: false, deadline };
         let at = self.insert(State::Client(Box::new(client)));
+        // Most have said it already, and are watched as connections from then on.
+        self.listen_to(at, Events::empty(), cx);
+        self.wait_for_greeting(at, cx);
+    }
+
+    /// Watches slot `at` if it is still a client's, for a limited time.
+    fn wait_for_greeting(&mut self, at: u32, cx: &Context) {
         let token = self.token(at);
-        if !watch(cx, fd, token, Events::empty()) {
+        let Some(State::Client(client)) = self.slots.get_mut(at as usize).map(|s| &mut s.state)
+        else {
+            return;
+        };
+        if !watch(cx, client.stream.as_raw_fd(), token, Events::empty()) {
             return self.remove(at, cx);
         }
-        self.timers.add(deadline, token);
-        // Most have said it already.
-        self.listen_to(at, Events::empty(), cx);
+        client.is_watched = true;
+        self.timers.add(client.deadline, token);
     }
 
     /// A client came by AF_VSOCK, to a port that stands for the guest's of the same number.
@@ -180,15 +189,17 @@ impl Mux {
         let State::Client(client) = std::mem::take(&mut self.slots[at as usize].state) else {
             return;
         };
-        let Client { stream: socket, socket_type, .. } = *client;
+        let Client { stream: socket, socket_type, is_watched, .. } = *client;
         let (stream, is_watched, on_accept) = match passed {
             Some(stream) => {
-                cx.unwatch(socket.as_raw_fd());
+                if is_watched {
+                    cx.unwatch(socket.as_raw_fd());
+                }
                 (stream, false, OnAccept::OkOn(socket))
             }
             None => {
                 prepare(&socket, socket_type, self.config.tx_buffer_size);
-                (HostStream::socket(socket, socket_type), true, OnAccept::Ok)
+                (HostStream::socket(socket, socket_type), is_watched, OnAccept::Ok)
             }
         };
         let connection = Connection::requesting(socket_type, self.config.tx_buffer_size);

@@ -128,21 +128,24 @@ impl Mux {
         let token = self.token(at);
         let Some(live) = self.live(at) else { return };
         let Some(stream) = &live.stream else { return };
-        let whole = match live.connection.socket_type() {
-            SocketType::Stream => true,
-            SocketType::SeqPacket => end_of_message,
-        };
-        if live.held.is_none() && whole && !payload.is_empty() {
+        let is_stream = live.connection.socket_type() == SocketType::Stream;
+        // Streams have no messages, whatever their packets' flags say; empty ones are messages too.
+        let end_of_message = end_of_message && !is_stream;
+        let whole = is_stream || end_of_message;
+        let mut is_gone = payload.is_empty() && !end_of_message;
+        if live.held.is_none() && whole && !is_gone {
             match stream.write(payload.as_slice()) {
                 Written::Bytes(n) => {
                     payload.advance(n);
+                    is_gone = payload.is_empty();
                     // No more than the header's length, which has 32 bits.
                     live.connection.on_forwarded(u32::try_from(n).unwrap_or(u32::MAX));
                 }
+                Written::NoRoom => {}
                 Written::NoReader => return live.lose_reader(),
             }
         }
-        if payload.is_empty() && live.held.is_none() {
+        if is_gone && live.held.is_none() {
             return;
         }
         let held = live.held.get_or_insert_default();

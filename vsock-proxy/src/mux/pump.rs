@@ -165,7 +165,7 @@ impl Live {
     fn at_end(&mut self) {
         self.readable = false;
         // Mostly it closed altogether, and the event that says so is only on its way.
-        self.gone |= self.stream.as_ref().is_some_and(HostStream::has_hung_up);
+        self.gone = self.gone || self.stream.as_ref().is_some_and(HostStream::has_hung_up);
         self.connection.on_host_eof();
         if self.gone {
             self.connection.on_host_reads_no_more();
@@ -205,8 +205,9 @@ impl Live {
     fn fetch_message(&mut self) -> bool {
         let Some(stream) = self.stream.as_ref().filter(|_| self.readable) else { return false };
         let len = match stream.next_message_len() {
-            // No message has no bytes: sockets that end read so.
-            Ok(0) if self.ending => {
+            // An empty message reads like the end. The order of the two questions matters: once the
+            // writer has ended, what is queued grows no more.
+            Ok(0) if (self.ending || stream.has_ended()) && !stream.has_bytes() => {
                 self.at_end();
                 return false;
             }
@@ -231,9 +232,7 @@ impl Live {
         let mut message = vec![0; len];
         let Ok(got) = stream.receive_message(&mut message) else { return false };
         message.truncate(got);
-        if got > 0 {
-            self.message = Some((message, 0));
-        }
-        got > 0 && self.connection.phase() == Phase::Established
+        self.message = Some((message, 0));
+        self.connection.phase() == Phase::Established
     }
 }

@@ -26,7 +26,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
 use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use zerocopy::IntoBytes;
@@ -66,6 +66,8 @@ pub const PROTOCOL_FEATURES: u64 = P::MQ.bits()
 
 /// Configuration space, the vhost-user limit in bytes.
 const MAX_CONFIG: u32 = 4096;
+/// A front end that was silent for so long has set its devices up.
+const SETTLING: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// How a session behaves beyond what its device says.
 #[derive(Debug, Clone, Default)]
@@ -190,13 +192,20 @@ impl Session {
     pub fn serve_until(&mut self, shutdown: &EventFd) -> Ended {
         // Without one (no descriptors left) only a front end that stalls can delay the end.
         self.connection.set_interrupt(shutdown.try_clone().ok());
+        let mut settled = false;
         loop {
             let mut fds = [
                 PollFd::new(&self.connection, PollFlags::IN),
                 PollFd::new(shutdown, PollFlags::IN),
             ];
-            match poll(&mut fds, None) {
-                Ok(_) => {}
+            match poll(&mut fds, (!settled).then_some(&SETTLING)) {
+                Ok(0) => {
+                    // Attaching a guest takes code that serving it does not.
+                    crate::footprint::give_back_startup_memory();
+                    settled = true;
+                    continue;
+                }
+                Ok(_) => settled = false,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => {
                     tracing::error!(%error, "cannot wait for the front end");
@@ -504,7 +513,10 @@ impl Session {
         if let Some(iotlb) = self.memory.load().iotlb() {
             iotlb.set_channel(Some(channel.clone()));
         }
-        self.channel = Some(channel.clone());
+        if let Some(old) = self.channel.replace(channel.clone()) {
+            // Whoever waits for an answer there would be waited for when its ring is stopped.
+            old.interrupt();
+        }
         self.device.set_channel(Some(channel));
         Ok(())
     }

@@ -1,0 +1,440 @@
+//! vhost-user-net, beside passt where passt can do it too, in turn in one run.
+//!
+//! | part | what it is |
+//! |---|---|
+//! | guest | a User Mode Linux guest's TCP with iperf3, and its pings; ours on a tap, passt as it is |
+//! | frames | 60-byte and 1514-byte frames between the testkit's driver and a tap, one way and both at once |
+//! | round trip | an ARP request of the testkit's driver, answered by the kernel behind the tap |
+//! | idle | CPU time in a second with a guest attached that does nothing; private memory; time to ready |
+//!
+//! Daemon and client are pinned to a CPU each. Rates are of useful work per second of the daemon's CPU
+//! time. `./x bench net` runs all; `OUTBOARD_BENCH_PART` names one.
+
+#![allow(clippy::unwrap_used, reason = "a benchmark that cannot measure stops")]
+#![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
+#![allow(clippy::cast_precision_loss, reason = "figures of a table")]
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use testkit::daemon::{self, Daemon};
+use testkit::driver::{Buffer, GuestQueue, RingFormat};
+use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::guests::uml::UmlGuest;
+use testkit::guests::{Job, VirtioId};
+use testkit::link_socket::LinkSocket;
+use testkit::memory::GuestRam;
+use testkit::netns::NetNs;
+use testkit::peers;
+use testkit::service::Service;
+use testkit::toolroot::ToolRoot;
+use virtio_bindings::virtio_net as v;
+
+const TIMEOUT: Duration = Duration::from_secs(60);
+const ROUNDS: usize = 3;
+/// What iperf3 runs for.
+const SECONDS: f64 = 2.0;
+const RUN_TIME: Duration = Duration::from_secs(1);
+const RING: u16 = 1024;
+const HEADER: usize = 12;
+const ME: [u8; 6] = [2, 0, 0, 0, 0, 9];
+const ROUND_TRIPS: usize = 5000;
+
+/// One direction at a time, so that the daemon's CPU time belongs to it.
+const GUEST: &str = r#"
+ip link set eth0 mtu "$MTU" up
+ip address add $ADDRESS/24 dev eth0
+ip route add default via $SERVER
+ping -c 2 -i 0.2 $SERVER >/dev/null || true
+echo start
+iperf3 -c $SERVER -t 2 -f m $OPTION >/tmp/report
+echo result mbit $(awk '/receiver/ { print $7 }' /tmp/report)
+ping -c 200 -i 0.005 $SERVER | sed -n 's/.*time=\([0-9.]*\) ms/\1/p' | sort -n >/tmp/times
+echo result p50 $(sed -n 100p /tmp/times)
+echo result p99 $(sed -n 198p /tmp/times)
+"#;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Which {
+    Ours,
+    Passt,
+}
+
+/// One guest's figures.
+#[derive(Debug, Default, Clone)]
+struct GuestFigures {
+    gbit: Vec<f64>,
+    per_cpu: Vec<f64>,
+    p50_us: Vec<f64>,
+    p99_us: Vec<f64>,
+}
+
+/// CPU time of all threads of `daemon`, in seconds.
+fn cpu_seconds(daemon: &Daemon) -> f64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let ns: u64 = tasks
+        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("schedstat")).ok())
+        .filter_map(|text| text.split_ascii_whitespace().next()?.parse::<u64>().ok())
+        .sum();
+    ns as f64 / 1e9
+}
+
+fn pin(cpu: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    // A machine with one CPU measures unpinned.
+    let _ = rustix::thread::sched_setaffinity(None, &set);
+}
+
+fn ours(root: &ToolRoot, namespace: &NetNs, socket: &Path) -> Daemon {
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.arg("--socket-path").arg(socket).args(["--tap", "tap0", "--mtu", "65520"]);
+    namespace.enter(&mut command);
+    pin(1);
+    let daemon = Daemon::start_command("vhost-user-net", command, socket).unwrap();
+    pin(0);
+    namespace.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();
+    daemon
+}
+
+/// passt takes its addresses from an interface with a default route; the guest reaches the name
+/// space's loopback at the gateway's address.
+fn passt(root: &ToolRoot, namespace: &NetNs, socket: &Path) -> Daemon {
+    namespace.ip(root, "link add up0 type veth peer name up1").unwrap();
+    for line in [
+        "link set up0 up",
+        "link set up1 up",
+        "address add 10.9.0.2/24 dev up0",
+        "route add default via 10.9.0.1 dev up0",
+    ] {
+        namespace.ip(root, line).unwrap();
+    }
+    // passt sends pings through the kernel's ping sockets, which a new name space refuses.
+    namespace
+        .run(|| fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"))
+        .unwrap()
+        .unwrap();
+    pin(1);
+    let daemon = peers::passt(root, socket, namespace).unwrap();
+    pin(0);
+    daemon
+}
+
+fn guest_run(
+    root: &'static ToolRoot,
+    which: Which,
+    mtu: &str,
+    option: &str,
+    to: &mut GuestFigures,
+) {
+    let namespace = NetNs::new(root).unwrap();
+    let dir = tempfile::Builder::new().prefix("bench").tempdir_in("/tmp").unwrap();
+    let socket = dir.path().join("net.sock");
+    let daemon = match which {
+        Which::Ours => ours(root, &namespace, &socket),
+        Which::Passt => passt(root, &namespace, &socket),
+    };
+    let mut server = root.command("iperf3").unwrap();
+    namespace.enter(server.args(["--server", "--forceflush"]));
+    let _server = Service::start("iperf3", server, dir.path(), "listening on").unwrap();
+    let job = Job::from_script(GUEST)
+        .set("MTU", mtu)
+        .set("OPTION", option)
+        .set("ADDRESS", "10.9.0.2")
+        .set("SERVER", "10.9.0.1");
+    let mut guest = UmlGuest::new(root).device(&socket, VirtioId::Net).start(&job).unwrap();
+    guest.wait_for("start", TIMEOUT).unwrap();
+    let before = cpu_seconds(&daemon);
+    guest.wait_for("result mbit", TIMEOUT).unwrap();
+    let cpu = cpu_seconds(&daemon) - before;
+    let result = guest.wait(TIMEOUT).unwrap();
+    result.expect_success();
+    let value = |name: &str| result.value(name).and_then(|v| v.parse::<f64>().ok());
+    let gbit = value("mbit").unwrap() / 1000.0;
+    to.gbit.push(gbit);
+    to.per_cpu.push(gbit * SECONDS / cpu.max(0.001));
+    to.p50_us.extend(value("p50").map(|ms| ms * 1000.0));
+    to.p99_us.extend(value("p99").map(|ms| ms * 1000.0));
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn guest(root: &'static ToolRoot) {
+    println!("guest: User Mode Linux, iperf3 TCP, one stream; medians of {ROUNDS}");
+    println!(
+        "{:6} {:14} {:7} {:>8} {:>14} {:>9} {:>9}",
+        "MTU", "direction", "daemon", "Gbit/s", "Gbit/CPU s", "ping p50", "p99 (us)"
+    );
+    for mtu in ["1500", "65520"] {
+        for (direction, option) in [("guest to host", ""), ("host to guest", "-R")] {
+            let mut figures = [GuestFigures::default(), GuestFigures::default()];
+            for _ in 0..ROUNDS {
+                guest_run(root, Which::Ours, mtu, option, &mut figures[0]);
+                guest_run(root, Which::Passt, mtu, option, &mut figures[1]);
+            }
+            for (name, f) in ["ours", "passt"].iter().zip(&figures) {
+                println!(
+                    "{mtu:6} {direction:14} {name:7} {:8.2} {:14.1} {:9.0} {:9.0}",
+                    median(&f.gbit),
+                    median(&f.per_cpu),
+                    median(&f.p50_us),
+                    median(&f.p99_us)
+                );
+            }
+        }
+    }
+}
+
+/// The testkit's driver on ours: a generator and a sink of frames.
+struct Driver {
+    rx: GuestQueue,
+    tx: GuestQueue,
+    ram: Arc<GuestRam>,
+    /// The frame to send, with its header.
+    out: u64,
+    len: u32,
+    _frontend: FrontEnd,
+    namespace: NetNs,
+    daemon: Daemon,
+    _dir: tempfile::TempDir,
+}
+
+/// Frames for nobody: an ethertype for local experiments.
+fn frame(to: [u8; 6], bytes: usize) -> Vec<u8> {
+    let mut frame = [&to[..], &ME, &[0x88, 0xb5]].concat();
+    frame.resize(bytes, 0x5a);
+    frame
+}
+
+impl Driver {
+    fn new(root: &ToolRoot, format: RingFormat, bytes: usize) -> Self {
+        let namespace = NetNs::new(root).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = ours(root, &namespace, &dir.path().join("net.sock"));
+        namespace.ip(root, "link set tap0 txqueuelen 1000").unwrap();
+        let ram = GuestRam::new(16 << 20).unwrap();
+        let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+        let options = AttachOptions {
+            features: !(1 << v::VIRTIO_NET_F_MQ),
+            queues: 2,
+            queue_size: RING,
+            inflight: false,
+            ..AttachOptions::new(format)
+        };
+        let (mut queues, _) = frontend.attach(&ram, &options).unwrap();
+        let (mut tx, mut rx) = (queues.pop().unwrap(), queues.pop().unwrap());
+        let out = ram.alloc(4096, 64).unwrap();
+        ram.write(out, &[vec![0; HEADER], frame([0xff; 6], bytes)].concat());
+        for _ in 0..RING {
+            let at = ram.alloc(2048, 64).unwrap();
+            assert!(rx.add(&[Buffer::writable(at, 2048)], at));
+        }
+        rx.kick();
+        tx.disable_interrupts();
+        rx.disable_interrupts();
+        let len = u32::try_from(HEADER + bytes).unwrap();
+        Self { rx, tx, ram, out, len, _frontend: frontend, namespace, daemon, _dir: dir }
+    }
+
+    /// Collects what was sent and sends as much; gives frames used.
+    fn send_more(&mut self) -> u64 {
+        let mut used = 0;
+        while self.tx.used().is_some() {
+            used += 1;
+        }
+        // In halves, so that the device sees batches.
+        if self.tx.free() >= RING / 4 {
+            while self.tx.add(&[Buffer::readable(self.out, self.len)], 0) {}
+            self.tx.kick();
+        }
+        used
+    }
+
+    /// Takes what arrived and gives the buffers back.
+    fn take_more(&mut self) -> u64 {
+        let mut taken = 0;
+        while let Some(used) = self.rx.used() {
+            assert!(self.rx.add(&[Buffer::writable(used.cookie, 2048)], used.cookie));
+            taken += 1;
+            if taken % 64 == 0 {
+                self.rx.kick();
+            }
+        }
+        if taken > 0 {
+            self.rx.kick();
+        }
+        taken
+    }
+
+    /// Runs for [`RUN_TIME`]: frames sent and received, and CPU seconds of the daemon.
+    fn run(&mut self, send: bool, receive: bool) -> (u64, u64, f64) {
+        let stop = Arc::new(AtomicBool::new(false));
+        let flood = receive.then(|| {
+            let (stop, frame) = (stop.clone(), frame(ME, self.len as usize - HEADER));
+            let namespace = self.namespace.clone();
+            std::thread::spawn(move || {
+                namespace.run(move || {
+                    let socket = LinkSocket::sender("tap0").unwrap();
+                    while !stop.load(Ordering::Relaxed) {
+                        if socket.send_copies(&frame, 64) < 64 {
+                            std::thread::yield_now();
+                        }
+                    }
+                })
+            })
+        });
+        let (mut sent, mut received) = (0, 0);
+        let before = cpu_seconds(&self.daemon);
+        let start = Instant::now();
+        while start.elapsed() < RUN_TIME {
+            let mut work = 0;
+            if send {
+                work = self.send_more();
+                sent += work;
+            }
+            let taken = self.take_more();
+            received += taken;
+            if receive && work + taken == 0 {
+                // The generator has the same CPU.
+                std::thread::yield_now();
+            }
+        }
+        let cpu = cpu_seconds(&self.daemon) - before;
+        stop.store(true, Ordering::Relaxed);
+        if let Some(flood) = flood {
+            flood.join().unwrap().unwrap();
+        }
+        (sent, received, cpu)
+    }
+}
+
+fn frames(root: &ToolRoot) {
+    println!("frames: Mpps per daemon CPU second (Mpps a second); medians of {ROUNDS}");
+    println!(
+        "{:>6} {:7} {:>20} {:>20} {:>26}",
+        "bytes", "ring", "guest to tap", "tap to guest", "both at once: TX, RX"
+    );
+    for format in RingFormat::ALL {
+        for bytes in [60, 1514] {
+            let mut rows: [Vec<f64>; 6] = Default::default();
+            for _ in 0..ROUNDS {
+                let run = |send, receive| Driver::new(root, format, bytes).run(send, receive);
+                let seconds = RUN_TIME.as_secs_f64();
+                let (sent, _, cpu) = run(true, false);
+                rows[0].push(sent as f64 / cpu / 1e6);
+                rows[1].push(sent as f64 / seconds / 1e6);
+                let (_, received, cpu) = run(false, true);
+                rows[2].push(received as f64 / cpu / 1e6);
+                rows[3].push(received as f64 / seconds / 1e6);
+                let (sent, received, _) = run(true, true);
+                rows[4].push(sent as f64 / seconds / 1e6);
+                rows[5].push(received as f64 / seconds / 1e6);
+            }
+            let [tx, tx_rate, rx, rx_rate, both_tx, both_rx] = rows.map(|row| median(&row));
+            println!(
+                "{bytes:6} {:7} {:>20} {:>20} {:>26}",
+                format!("{format:?}").to_lowercase(),
+                format!("{tx:.2} ({tx_rate:.2})"),
+                format!("{rx:.2} ({rx_rate:.2})"),
+                format!("({both_tx:.2}), ({both_rx:.2})")
+            );
+        }
+    }
+}
+
+/// The driver asks for the host's address again and again, asleep on its interrupt meanwhile.
+fn round_trip(root: &ToolRoot) {
+    let mut driver = Driver::new(root, RingFormat::Packed, 60);
+    let arp = [
+        &[0; HEADER][..],
+        &[0xff; 6],
+        &ME,
+        &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+        &ME,
+        &[10, 9, 0, 2],
+        &[0; 6],
+        &[10, 9, 0, 1],
+        &[0; 18],
+    ]
+    .concat();
+    driver.ram.write(driver.out, &arp);
+    let mut times: Vec<f64> = (0..ROUND_TRIPS)
+        .map(|_| {
+            let start = Instant::now();
+            assert!(driver.tx.add(&[Buffer::readable(driver.out, driver.len)], 0));
+            driver.tx.kick();
+            loop {
+                let used = driver.rx.wait(TIMEOUT).unwrap();
+                assert!(driver.rx.add(&[Buffer::writable(used.cookie, 2048)], used.cookie));
+                let kind = driver.ram.bytes(used.cookie + 12 + HEADER as u64, 2);
+                if kind == [8, 6] {
+                    break;
+                }
+            }
+            let time = start.elapsed().as_secs_f64() * 1e6;
+            while driver.tx.used().is_some() {}
+            time
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    let at = |percent: usize| times[times.len() * percent / 100];
+    println!("round trip to the kernel behind the tap: p50 {:.1} us, p99 {:.1} us", at(50), at(99));
+}
+
+fn idle(root: &ToolRoot) {
+    let mut driver = Driver::new(root, RingFormat::Split, 60);
+    driver.take_more();
+    std::thread::sleep(Duration::from_millis(300));
+    let before = cpu_seconds(&driver.daemon);
+    std::thread::sleep(Duration::from_secs(1));
+    let cpu = cpu_seconds(&driver.daemon) - before;
+    let private = driver.daemon.private_bytes().unwrap() >> 10;
+    let mut ready: Vec<f64> = (0..5)
+        .map(|_| {
+            let namespace = NetNs::new(root).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let socket = dir.path().join("s");
+            let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+            command.arg("--socket-path").arg(&socket).args(["--tap", "tap0"]);
+            namespace.enter(&mut command);
+            let start = Instant::now();
+            let _daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
+            start.elapsed().as_secs_f64() * 1e3
+        })
+        .collect();
+    ready.sort_by(f64::total_cmp);
+    println!(
+        "idle with a guest: {:.1} ms CPU in a second, {private} KiB private; ready after {:.1} ms",
+        cpu * 1e3,
+        ready[2]
+    );
+}
+
+fn main() {
+    let Ok(root) = ToolRoot::guests() else {
+        eprintln!("no tool root: nothing to measure with");
+        return;
+    };
+    let wanted = std::env::var("OUTBOARD_BENCH_PART").unwrap_or_default();
+    let is_wanted = |part: &str| wanted.is_empty() || wanted == part;
+    if is_wanted("frames") {
+        frames(root);
+    }
+    if is_wanted("latency") {
+        round_trip(root);
+    }
+    if is_wanted("idle") {
+        idle(root);
+    }
+    if is_wanted("guest") {
+        guest(root);
+    }
+}

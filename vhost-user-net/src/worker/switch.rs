@@ -1,0 +1,501 @@
+//! The data path of a switch's port: from the guest's transmit chains into other guests' buffers.
+//!
+//! # Theory of operation
+//! A batch of frames is taken from the transmit ring, checked as everywhere (see `tx`), and each gets
+//! its set of destinations. Then every destination is visited once: its receive queue is locked, the
+//! batch's frames for it are copied from guest memory to guest memory, all used entries are shown with
+//! one store and at most one signal, and the lock is gone. A receive queue's own kicks mean nothing here:
+//! senders look into the ring.
+#![allow(unsafe_code, reason = "copies from one guest's memory to another's")]
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use libc::iovec;
+use outboard_common::rate_limiter::Direction;
+use outboard_common::ring::{Chain, Queue};
+use outboard_common::worker::{Context, Progress, QueueHandler};
+use virtio_bindings::virtio_net as v;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::tx::Slot;
+use super::{Turn, answer_commands, has, is_mergeable};
+use crate::backend::switch::SwitchPort;
+use crate::control::{MacAddr, RxFilter};
+use crate::header::{
+    ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP,
+    GSO_UDP_L4, HEADER_SIZE, NetHeader, TxOffloads, header_size,
+};
+use crate::shared::{PairMetrics, Shared};
+
+/// Frames taken at once.
+const BATCH: usize = 64;
+/// Frames in a turn.
+const BUDGET: usize = 256;
+const RX_QUEUE: u16 = 0;
+const TX_QUEUE: u16 = 1;
+
+/// A frame on its way, checked.
+#[derive(Debug)]
+struct Frame<'a> {
+    header: NetHeader,
+    /// The first bytes after the header, in our memory.
+    head: &'a [u8],
+    /// The rest, in the sender's memory.
+    rest: &'a [iovec],
+    /// Bytes of both.
+    len: usize,
+}
+
+impl Frame<'_> {
+    /// The whole frame in `room`, with its checksum filled in. Virtio 1.3, 5.1.6.2.
+    fn finish(&self, room: &mut Vec<u8>) {
+        room.clear();
+        room.extend_from_slice(self.head);
+        for part in self.rest {
+            let at = room.len();
+            room.resize(at + part.iov_len, 0);
+            let to = room[at..].as_mut_ptr();
+            // SAFETY: the range was just made in `room`, which is ours; the part lies in the memory
+            // table that the sender's queue keeps, and its chain is not pushed yet.
+            unsafe {
+                std::ptr::copy(part.iov_base.cast::<u8>(), to, part.iov_len);
+            }
+        }
+        let start = usize::from(self.header.csum_start.get());
+        let place = start + usize::from(self.header.csum_offset.get());
+        let sum = checksum(room.get(start..).unwrap_or(&[]));
+        if let Some(to) = room.get_mut(place..place + 2) {
+            to.copy_from_slice(&sum);
+        }
+    }
+
+    /// Whether a guest with these `VIRTIO_NET_F_GUEST_*` offloads takes this super-frame as it is.
+    fn is_taken_whole(&self, offloads: u64) -> bool {
+        let gso = self.header.gso_type;
+        if gso & GSO_ECN != 0 && !has(offloads, v::VIRTIO_NET_F_GUEST_ECN) {
+            return false;
+        }
+        match gso & !GSO_ECN {
+            GSO_NONE => true,
+            GSO_TCPV4 => has(offloads, v::VIRTIO_NET_F_GUEST_TSO4),
+            GSO_TCPV6 => has(offloads, v::VIRTIO_NET_F_GUEST_TSO6),
+            GSO_UDP => has(offloads, v::VIRTIO_NET_F_GUEST_UFO),
+            GSO_UDP_L4 => {
+                has(offloads, v::VIRTIO_NET_F_GUEST_USO4)
+                    && has(offloads, v::VIRTIO_NET_F_GUEST_USO6)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// The Internet checksum of `bytes`, which hold the pseudo-header's sum already. RFC 1071.
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let mut sum: u64 = 0;
+    for pair in bytes.chunks(2) {
+        let high = pair.first().copied().unwrap_or(0);
+        let low = pair.get(1).copied().unwrap_or(0);
+        sum += u64::from(u16::from_be_bytes([high, low]));
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    // Folded, it has 16 bits. A zero means "no checksum" to UDP, and is the same number as its
+    // complement.
+    match !u16::try_from(sum).unwrap_or(0) {
+        0 => [0xff, 0xff],
+        sum => sum.to_be_bytes(),
+    }
+}
+
+/// The receiving side of a port: used by whichever port's worker holds the lock around it.
+#[derive(Debug)]
+pub struct Receiver {
+    queue: Box<Queue>,
+    shared: Arc<Shared>,
+    metrics: PairMetrics,
+    filter: Arc<RxFilter>,
+    generation: u32,
+    header_size: usize,
+    mergeable: bool,
+    /// Chains for the frame in hand, in order.
+    chains: Vec<Chain>,
+    spare: Vec<Chain>,
+    /// A frame whose checksum is filled in here.
+    room: Vec<u8>,
+    /// The ring had too few buffers for a frame of this batch.
+    exhausted: bool,
+}
+
+impl Receiver {
+    fn new(queue: Box<Queue>, shared: Arc<Shared>) -> Self {
+        let features = queue.features();
+        Self {
+            queue,
+            metrics: shared.metrics.first().cloned().unwrap_or_default(),
+            filter: shared.rx_filter(),
+            generation: shared.generation(),
+            shared,
+            header_size: header_size(features),
+            mergeable: is_mergeable(features),
+            chains: Vec::new(),
+            spare: Vec::new(),
+            room: Vec::new(),
+            exhausted: false,
+        }
+    }
+
+    /// A batch begins.
+    fn begin(&mut self) {
+        self.exhausted = false;
+        if self.shared.generation() != self.generation {
+            self.generation = self.shared.generation();
+            self.filter = self.shared.rx_filter();
+        }
+    }
+
+    /// Gives a frame to the driver, or drops and counts it; true if the driver has it.
+    fn receive(&mut self, frame: &Frame<'_>, offloads: u64) -> bool {
+        if !self.filter.is_open() && !self.filter.accepts(frame.head) {
+            self.metrics.rx_filtered.add(1);
+            return false;
+        }
+        if !frame.is_taken_whole(offloads) {
+            self.metrics.rx_unsegmented.add(1);
+            return false;
+        }
+        let bytes = self.header_size + frame.len;
+        if self.exhausted || !self.stage(bytes) {
+            self.metrics.rx_dropped.add(1);
+            return false;
+        }
+        if self.shared.limiter.try_take(Direction::Read, 1, bytes as u64, Instant::now).is_err() {
+            self.unstage();
+            self.metrics.rx_limited.add(1);
+            return false;
+        }
+        let partial = frame.header.flags & F_NEEDS_CSUM != 0;
+        if partial && !has(offloads, v::VIRTIO_NET_F_GUEST_CSUM) {
+            let mut room = std::mem::take(&mut self.room);
+            frame.finish(&mut room);
+            let header = NetHeader::new_zeroed();
+            self.copy(&Frame { header, head: &room, rest: &[], len: room.len() });
+            self.room = room;
+        } else {
+            self.copy(frame);
+        }
+        self.metrics.rx_frames.add(1);
+        self.queue.metrics().bytes_written.add(bytes as u64);
+        true
+    }
+
+    /// Takes chains for `bytes`; takes none if there are too few.
+    fn stage(&mut self, bytes: usize) -> bool {
+        let most = if self.mergeable { usize::from(self.queue.size()) } else { 1 };
+        let mut room = 0;
+        while room < bytes && self.chains.len() < most {
+            let mut chain = self.spare.pop().unwrap_or_default();
+            if !self.queue.pop(&mut chain) {
+                self.spare.push(chain);
+                break;
+            }
+            if self.chains.is_empty()
+                && chain.writable.len() < self.header_size + ETHERNET_HEADER_SIZE
+            {
+                // The guest's mistake: it can hold no frame's start.
+                self.queue.metrics().rejected.add(1);
+                self.queue.push(&mut chain, 0);
+                self.spare.push(chain);
+                continue;
+            }
+            room += chain.writable.len();
+            self.chains.push(chain);
+        }
+        if room < bytes {
+            // Trying again for every frame of a batch would let a guest with many tiny buffers hold
+            // its senders up. Without merging, one too small buffer says nothing of other frames.
+            self.exhausted = self.mergeable || self.chains.is_empty();
+            self.unstage();
+        }
+        room >= bytes
+    }
+
+    /// Gives the chains in hand back to the ring.
+    fn unstage(&mut self) {
+        while let Some(mut chain) = self.chains.pop() {
+            self.queue.unpop(&mut chain);
+            self.spare.push(chain);
+        }
+    }
+
+    /// Copies header and frame into the chains in hand, which are large enough, and uses them.
+    fn copy(&mut self, frame: &Frame<'_>) {
+        let mut header = frame.header;
+        // A ring has at most 32,768 chains.
+        header.num_buffers = u16::try_from(self.chains.len()).unwrap_or(u16::MAX).into();
+        let mut at = 0;
+        let bytes = header.as_bytes();
+        copy_to(&mut self.chains, &mut at, bytes.as_ptr(), self.header_size.min(bytes.len()));
+        copy_to(&mut self.chains, &mut at, frame.head.as_ptr(), frame.head.len());
+        for part in frame.rest {
+            copy_to(&mut self.chains, &mut at, part.iov_base.cast(), part.iov_len);
+        }
+        for mut chain in self.chains.drain(..) {
+            let left = chain.writable.len();
+            chain.writable.rewind();
+            // A frame with header is shorter than 2^17 bytes.
+            let written = u32::try_from(chain.writable.len() - left).unwrap_or(0);
+            self.queue.push(&mut chain, written);
+            self.spare.push(chain);
+        }
+    }
+}
+
+/// Copies `len` bytes from `from` to the first chains' writable memory, from chain `at` on. `from` is
+/// our memory, or a range of a chain that is not pushed yet.
+fn copy_to(chains: &mut [Chain], at: &mut usize, mut from: *const u8, mut len: usize) {
+    while len > 0 {
+        let Some(chain) = chains.get_mut(*at) else { return };
+        let Some(part) = chain.writable.as_slice().first() else {
+            *at += 1;
+            continue;
+        };
+        let n = part.iov_len.min(len);
+        // SAFETY: `from` has `len` readable bytes by the callers; the part lies in the memory table that
+        // the receiver's queue keeps. The two may overlap: one VM may have two ports.
+        unsafe { std::ptr::copy(from, part.iov_base.cast::<u8>(), n) };
+        chain.writable.advance(n);
+        from = from.wrapping_add(n);
+        len -= n;
+    }
+}
+
+/// A frame of the batch and where it goes.
+#[derive(Debug)]
+struct Out {
+    slot: Slot,
+    header: NetHeader,
+    copied: usize,
+    to: u64,
+    taken: bool,
+}
+
+/// The worker of one port.
+#[derive(Debug)]
+pub(crate) struct SwitchWorker {
+    shared: Arc<Shared>,
+    metrics: PairMetrics,
+    port: SwitchPort,
+    out: Box<[Out]>,
+    header_size: usize,
+    offloads: TxOffloads,
+    command: Vec<u8>,
+}
+
+impl SwitchWorker {
+    /// The worker of `port`.
+    #[must_use]
+    pub(crate) fn new(shared: Arc<Shared>, port: SwitchPort) -> Self {
+        let out = || Out {
+            slot: Slot::new(),
+            header: NetHeader::new_zeroed(),
+            copied: 0,
+            to: 0,
+            taken: false,
+        };
+        Self {
+            metrics: shared.metrics.first().cloned().unwrap_or_default(),
+            shared,
+            port,
+            out: (0..BATCH).map(|_| out()).collect(),
+            header_size: HEADER_SIZE,
+            offloads: TxOffloads::default(),
+            command: Vec::new(),
+        }
+    }
+
+    fn turn(&mut self, queue: &mut Queue) -> Turn {
+        let mut left = BUDGET;
+        loop {
+            let (count, taken, end) = self.fill(queue);
+            self.switch(queue, count);
+            queue.publish();
+            left = left.saturating_sub(taken);
+            match end {
+                Some(end) => return end,
+                None if left == 0 => return Turn::Budget,
+                None => {}
+            }
+        }
+    }
+
+    /// Takes a batch. Gives the frames to switch, the chains taken, and why there are no more, if so.
+    fn fill(&mut self, queue: &mut Queue) -> (usize, usize, Option<Turn>) {
+        let tick = self.port.tick();
+        let mut count = 0;
+        for taken in 0..BATCH {
+            let Some(out) = self.out.get_mut(count) else { break };
+            if !queue.pop(&mut out.slot.chain) {
+                return (count, taken, Some(Turn::Done));
+            }
+            let bytes = out.slot.chain.readable.len() as u64;
+            let limiter = &self.shared.limiter;
+            if let Err(at) = limiter.try_take(Direction::Write, 1, bytes, Instant::now) {
+                queue.unpop(&mut out.slot.chain);
+                return (count, taken, Some(Turn::Limited(at)));
+            }
+            match out.slot.prepare(self.header_size, self.offloads) {
+                Ok(copied) => {
+                    if let Some(to) = route(&self.shared, &self.port, out, copied, tick) {
+                        out.to = to;
+                        count += 1;
+                        // What is behind must not be pushed before: the order is the guest's.
+                        continue;
+                    }
+                    self.metrics.tx_spoofed.add(1);
+                }
+                Err(fault) => {
+                    tracing::debug!(device = %self.shared.name, %fault, "frame dropped");
+                    self.metrics.tx_malformed.add(1);
+                    queue.metrics().rejected.add(1);
+                }
+            }
+            queue.push(&mut out.slot.chain, 0);
+        }
+        (count, BATCH, None)
+    }
+
+    /// Brings the first `count` frames where they go, a destination at a time.
+    fn switch(&mut self, queue: &mut Queue, count: usize) {
+        let batch = self.out.get_mut(..count).unwrap_or_default();
+        let mut ports = batch.iter().fold(0, |all, out| all | out.to);
+        while ports != 0 {
+            let at = ports.trailing_zeros();
+            ports &= ports - 1;
+            let Some((mut receiver, offloads)) = self.port.peer(at as usize) else { continue };
+            let Some(receiver) = receiver.as_mut() else { continue };
+            receiver.begin();
+            for out in batch.iter_mut().filter(|out| (out.to >> at) & 1 != 0) {
+                let frame = Frame {
+                    header: out.header,
+                    head: out.slot.head.get(self.header_size..out.copied).unwrap_or(&[]),
+                    rest: out.slot.chain.readable.as_slice(),
+                    len: out.slot.len - self.header_size,
+                };
+                out.taken |= receiver.receive(&frame, offloads);
+            }
+            receiver.queue.publish();
+        }
+        let (mut bytes, mut sent) = (0, 0);
+        for out in batch {
+            if out.taken {
+                bytes += out.slot.len as u64;
+                sent += 1;
+            }
+            queue.push(&mut out.slot.chain, 0);
+        }
+        self.metrics.tx_frames.add(sent);
+        self.metrics.tx_failed.add(count as u64 - sent);
+        queue.metrics().bytes_read.add(bytes);
+    }
+
+    fn take_receiver(&self) -> Option<Box<Queue>> {
+        self.port.set_receiver(None).map(|receiver| receiver.queue)
+    }
+}
+
+/// Where a frame goes, and its clean header in `out`; `None`: its source is forged.
+fn route(
+    shared: &Shared,
+    port: &SwitchPort,
+    out: &mut Out,
+    copied: usize,
+    tick: u64,
+) -> Option<u64> {
+    let header_size = header_size(shared.features());
+    let (header, frame) = out.slot.head.get(..copied)?.split_at_checked(header_size)?;
+    out.header = NetHeader::new_zeroed();
+    out.header.as_mut_bytes().get_mut(..header.len())?.copy_from_slice(header);
+    out.copied = copied;
+    out.taken = false;
+    if !shared.source.is_open() && shared.source.check(frame).is_err() {
+        return None;
+    }
+    let (to, rest) = MacAddr::read_from_prefix(frame).ok()?;
+    let (from, _) = MacAddr::read_from_prefix(rest).ok()?;
+    port.route(to, from, tick)
+}
+
+impl QueueHandler for SwitchWorker {
+    fn on_start(&mut self, index: u16, cx: &mut Context) {
+        if self.shared.control_queue() == Some(index) {
+            self.shared.set_control(true);
+        } else if index == TX_QUEUE {
+            let features = cx.queues.get(index).map_or(0, |q| q.features());
+            self.header_size = header_size(features);
+            self.offloads = TxOffloads::new(features);
+        }
+    }
+
+    fn take_back(&mut self, index: u16, cx: &mut Context) -> bool {
+        let lent = if index == RX_QUEUE { self.take_receiver() } else { None };
+        let was_lent = lent.is_some();
+        lent.into_iter().for_each(|queue| cx.queues.put(queue));
+        was_lent
+    }
+
+    fn on_stop(&mut self, index: u16, cx: &mut Context) {
+        if self.shared.control_queue() == Some(index) {
+            self.shared.set_control(false);
+        } else if index == TX_QUEUE {
+            cx.set_timer(None);
+        }
+    }
+
+    fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
+        if index == RX_QUEUE {
+            if let Some(mut queue) = cx.queues.take(index) {
+                queue.disable_notifications();
+                self.port.set_receiver(Some(Receiver::new(queue, self.shared.clone())));
+            }
+            return Progress::Waiting;
+        }
+        let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
+        if index != TX_QUEUE {
+            return answer_commands(&self.shared, &mut self.command, queue);
+        }
+        match self.turn(queue) {
+            Turn::Done | Turn::NoBuffers => Progress::Emptied,
+            Turn::Budget => Progress::More,
+            Turn::Limited(at) => {
+                cx.set_timer(Some(at));
+                Progress::Waiting
+            }
+        }
+    }
+
+    fn on_timer(&mut self, cx: &mut Context) {
+        cx.ask(TX_QUEUE);
+    }
+}
+
+impl Drop for SwitchWorker {
+    fn drop(&mut self) {
+        // The session is over: its queue must not receive for a guest that left.
+        self.take_receiver();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_checksum_is_rfc_1071s() {
+        // The example of RFC 1071, section 3: the sum is ddf2.
+        assert_eq!(checksum(&[0, 1, 0xf2, 3, 0xf4, 0xf5, 0xf6, 0xf7]), [0x22, 0x0d]);
+        assert_eq!(checksum(&[0xff, 0xff]), [0xff, 0xff]);
+        assert_eq!(checksum(&[1]), [0xfe, 0xff]);
+    }
+}
