@@ -515,3 +515,33 @@ fn wait_for(epoll: RawFd, timeout: Option<Duration>, events: &mut [Event]) -> io
         Err(e) => Err(e),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_are_worth_it_or_become_rare() {
+        let mut linger = Linger::default();
+        // A driver that is never fast: one look in 32 chances.
+        let looks = (0..320).filter(|_| {
+            let look = linger.chance();
+            if look {
+                linger.learn(false);
+            }
+            look
+        });
+        assert_eq!(looks.count(), 10);
+        // One that has become fast is looked at each time, and forgiven some slow answers.
+        while !linger.chance() {}
+        for _ in 0..100 {
+            linger.learn(true);
+            assert!(linger.chance());
+        }
+        let forgiven = (0..100).take_while(|_| {
+            linger.learn(false);
+            linger.chance()
+        });
+        assert_eq!(forgiven.count(), usize::from(Linger::MAX_CREDIT) - 1);
+    }
+}
