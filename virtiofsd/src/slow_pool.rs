@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outboard_common::ring::Chain;
 use outboard_common::sys::EventFd;
@@ -37,6 +37,8 @@ pub struct Finished {
     pub bytes_read: u64,
     /// Bytes written to files.
     pub bytes_written: u64,
+    /// How long it took, once begun.
+    pub took: Duration,
 }
 
 /// Where a worker gets its finished requests.
@@ -183,12 +185,15 @@ fn next<F>(shared: &Shared<F>) -> Option<Job> {
 }
 
 fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
+    let start = Instant::now();
     let outcome = server.handle(&mut job.chain, scratch, Wait::Allowed);
+    let took = start.elapsed();
     job.done.put(Finished {
         chain: job.chain,
         queue: job.queue,
         outcome,
         bytes_read: std::mem::take(&mut scratch.bytes_read),
         bytes_written: std::mem::take(&mut scratch.bytes_written),
+        took,
     });
 }
