@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use testkit::daemon::{Daemon, bin};
-use testkit::driver::fs::FsClient;
+use testkit::driver::fs::{FsClient, Size};
 use testkit::toolroot::ToolRoot;
 
 use cases::{Aim, Case, ENTRIES, FILE_BYTES, Files, SECTIONS, Section};
@@ -62,8 +62,11 @@ fn start(
     pinned: bool,
 ) -> Result<Daemon> {
     let socket = dir.join("fs.sock");
-    let mut command =
-        if who.peer { root.command("virtiofsd")? } else { Command::new(bin("virtiofsd")?) };
+    let mut command = if who.peer {
+        root.command_with("virtiofsd", &[(dir, dir.to_str().context("a path in UTF-8")?)])?
+    } else {
+        Command::new(bin("virtiofsd")?)
+    };
     command
         .arg(format!("--socket-path={}", socket.display()))
         .arg(format!("--shared-dir={}", shared.display()))
@@ -104,11 +107,17 @@ fn median(values: &mut [f64]) -> f64 {
 }
 
 /// CPU microseconds for one operation, and operations per second, of every case.
-fn measure(daemon: &Daemon, queues: u16, flags: i32, cases: &[&Case]) -> Result<Vec<(f64, f64)>> {
-    let mut client = FsClient::start(daemon.socket(), queues, 16)?;
+fn measure(
+    daemon: &Daemon,
+    queues: u16,
+    section: &Section,
+    cases: &[&Case],
+) -> Result<Vec<(f64, f64)>> {
+    let size = Size { scattered: section.scattered, ..Size::new(queues, 16) };
+    let mut client = FsClient::start_sized(daemon.socket(), size)?;
     let inode = client.lookup(1, "file")?;
     let many = client.lookup(1, "many")?;
-    let handle = client.open(inode, libc::O_RDWR | flags)?;
+    let handle = client.open(inode, libc::O_RDWR | section.flags)?;
     let files = Files { inode, handle, many };
     let mut results = Vec::new();
     for case in cases {
@@ -136,7 +145,7 @@ fn compare(root: &ToolRoot, section: &Section, cases: &[&Case], dir: &Path) -> R
             let queues = if contestant.peer { 1 } else { section.queues };
             let direct: &[&str] = if section.flags == 0 { &[] } else { &["--allow-direct-io"] };
             let daemon = start(root, contestant, dir, &shared, direct, section.queues == 1)?;
-            let results = measure(&daemon, queues, section.flags, cases)?;
+            let results = measure(&daemon, queues, section, cases)?;
             for (case, (us, ops)) in results.into_iter().enumerate() {
                 cpu[who][case].push(us);
                 rate[who][case].push(ops);
