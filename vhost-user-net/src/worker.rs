@@ -29,14 +29,14 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
 use self::frame_io::FrameIo;
-use self::moderation::Moderation;
+use self::moderation::{Moderation, of_sent_frames};
 use self::rest::Rest;
 use self::rx::RxSide;
 use self::tx::TxSide;
 use crate::backend::user::{News, UserLink};
 use crate::batch::BatchIo;
 use crate::config::{S_ANNOUNCE, S_LINK_UP};
-use crate::control::{self, Command, MAX_COMMAND_SIZE, Negotiated};
+use crate::control::{self, Coalescing, Command, MAX_COMMAND_SIZE, Negotiated};
 use crate::header::header_size;
 use crate::shared::{Flow, PairMetrics, Shared};
 use crate::stream::FrameStream;
@@ -132,7 +132,7 @@ impl NetWorker {
             return Progress::Waiting;
         };
         self.rx_at = None;
-        self.rx_signals.set(self.shared.coalescing(Flow::Rx), queue);
+        self.rx_signals.set(self.shared.coalescing(Flow::Rx), Coalescing::default(), queue);
         let before = self.metrics.rx_frames.get();
         let turn = self.rx.turn(io, queue);
         let frames = self.metrics.rx_frames.get() - before;
@@ -161,7 +161,8 @@ impl NetWorker {
             return Progress::Waiting;
         };
         self.tx_at = None;
-        self.tx_signals.set(self.shared.coalescing(Flow::Tx), queue);
+        let ours = of_sent_frames(queue.size());
+        self.tx_signals.set(self.shared.coalescing(Flow::Tx), ours, queue);
         let before = self.metrics.tx_frames.get();
         let turn = self.tx.turn(io, queue);
         self.tx_signals.after_turn(queue, self.metrics.tx_frames.get() - before);
@@ -213,7 +214,7 @@ impl NetWorker {
         let fd = self.shared.backend.queue(self.pair).ok_or(std::io::ErrorKind::NotFound)?;
         let fd = fd.try_clone_to_owned()?;
         let io = BatchIo::new(fd.as_fd(), self.shared.plain_io);
-        self.use_io(FrameIo::Calls(fd, io), cx)
+        self.use_io(FrameIo::Calls(fd, Box::new(io)), cx)
     }
 
     fn use_io(&mut self, io: FrameIo, cx: &mut Context) -> std::io::Result<()> {

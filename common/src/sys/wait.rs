@@ -31,5 +31,8 @@ pub fn epoll_wait_for(epoll: RawFd, timeout: Duration, events: &mut [Event]) -> 
             0usize,
         )
     };
-    usize::try_from(n).or_else(|_| Err(io::Error::last_os_error()))
+    match usize::try_from(n) {
+        Ok(n) => Ok(n),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
 }
