@@ -2,7 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -20,6 +21,19 @@ const POLL: Duration = Duration::from_millis(2);
 const SETTLED: Duration = Duration::from_millis(50);
 /// The flag `__SO_ACCEPTCON` of a listening socket in `/proc/net/unix`.
 const LISTENING: &str = "00010000";
+
+/// One request to a daemon's control socket, and its answer: a line of JSON each.
+///
+/// # Panics
+/// When nobody answers.
+#[must_use]
+pub fn ask(control: &Path, request: &str) -> String {
+    let mut stream = UnixStream::connect(control).expect("a control socket");
+    writeln!(stream, "{request}").expect("a request");
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).expect("an answer");
+    answer
+}
 
 /// A running daemon that listens. Dropping it kills it and, in a failing test, shows its log.
 #[derive(Debug)]

@@ -17,6 +17,7 @@ pub(crate) use build::cache_dir;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow};
 
@@ -32,11 +33,18 @@ struct Recipe {
     name: &'static str,
     /// Debian packages, or apt patterns of them: names of kernel packages change with each upload.
     packages: &'static [&'static str],
+    /// It has kernels, whose modules are made ready for guests.
+    kernels: bool,
 }
+
+/// DPDK's testpmd, as a driver and generator that polls. Apart, since few need it.
+const DPDK: Recipe =
+    Recipe { name: "dpdk", packages: &["dpdk-dev", "busybox-static"], kernels: false };
 
 /// Guests, VMMs, the peers and the guests' tools: everything but DPDK.
 const GUESTS: Recipe = Recipe {
     name: "guests",
+    kernels: true,
     packages: &[
         "user-mode-linux",
         "qemu-system-x86",
@@ -69,8 +77,32 @@ impl ToolRoot {
     /// # Errors
     /// When it cannot be built: no `mmdebstrap`, no package mirror, no room, no privileges.
     pub fn guests() -> Result<&'static Self> {
+        Self::guests_with(None)
+    }
+
+    /// As [`ToolRoot::guests`], for a person who waits: building ends early, and leaves nothing, when
+    /// `stop` is set, and is tried again though it failed a moment ago.
+    ///
+    /// # Errors
+    /// As [`ToolRoot::guests`], or it was stopped.
+    pub fn guests_unless(stop: &AtomicBool) -> Result<&'static Self> {
+        Self::guests_with(Some(stop))
+    }
+
+    fn guests_with(stop: Option<&AtomicBool>) -> Result<&'static Self> {
         static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
-        ROOT.get_or_init(|| build::cached(&GUESTS).map(|path| Self { path }))
+        ROOT.get_or_init(|| build::cached(&GUESTS, stop).map(|path| Self { path }))
+            .as_ref()
+            .map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// The root with DPDK, built on first use.
+    ///
+    /// # Errors
+    /// As [`Self::guests`].
+    pub fn dpdk() -> Result<&'static Self> {
+        static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
+        ROOT.get_or_init(|| build::cached(&DPDK, None).map(|path| Self { path }))
             .as_ref()
             .map_err(|error| anyhow!("{error:#}"))
     }

@@ -16,8 +16,8 @@ use testkit::daemon::Daemon;
 use testkit::driver::blk::{BlkSlot, RequestType, S_OK, request};
 use testkit::driver::{GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontEnd};
+use testkit::loop_device::LoopDevice;
 use testkit::memory::{GuestRam, RamRegion};
-use testkit::skip::skip;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::{virtio_blk as spec, virtio_config, virtio_ring};
 
@@ -51,42 +51,15 @@ trait Device {
     fn stored(&self) -> u64;
 }
 
-/// A file as a block device, until it is dropped.
+/// A loop device, and the file behind it.
 struct Loop {
-    device: PathBuf,
+    device: LoopDevice,
     file: PathBuf,
-}
-
-impl Loop {
-    /// `None`, and the test is skipped, where there are no loop devices.
-    fn of(file: &Path) -> Option<Self> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
-        match output {
-            Ok(output) if output.status.success() => {
-                let name = String::from_utf8(output.stdout).unwrap();
-                Some(Self { device: PathBuf::from(name.trim()), file: file.to_owned() })
-            }
-            Ok(output) => {
-                skip(&format!("no loop device: {}", String::from_utf8_lossy(&output.stderr)));
-                None
-            }
-            Err(error) => {
-                skip(&format!("no losetup: {error}"));
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
-    }
 }
 
 impl Device for Loop {
     fn path(&self) -> &Path {
-        &self.device
+        self.device.path()
     }
     fn stored(&self) -> u64 {
         512 * std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&self.file).unwrap())
@@ -178,8 +151,8 @@ fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
     if let Some(zram) = Zram::of(&file) {
         whole_device(dir.path(), &zram);
     }
-    if let Some(device) = Loop::of(&file) {
-        whole_device(dir.path(), &device);
+    if let Some(device) = LoopDevice::for_test(&file) {
+        whole_device(dir.path(), &Loop { device, file });
     }
 }
 

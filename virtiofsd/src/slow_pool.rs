@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outboard_common::ring::Chain;
 use outboard_common::sys::EventFd;
@@ -33,10 +33,14 @@ pub struct Finished {
     pub queue: u16,
     /// What became of it.
     pub outcome: Outcome,
+    /// When it was handed over.
+    pub begun: Instant,
     /// Bytes read from files.
     pub bytes_read: u64,
     /// Bytes written to files.
     pub bytes_written: u64,
+    /// How long it took, once begun.
+    pub took: Duration,
 }
 
 /// Where a worker gets its finished requests.
@@ -91,6 +95,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Job {
     chain: Box<Chain>,
     queue: u16,
+    begun: Instant,
     done: Arc<Mailbox>,
 }
 
@@ -143,7 +148,7 @@ impl<F: Extension> SlowPool<F> {
         if state.threads == 0 {
             return Err(chain);
         }
-        state.jobs.push_back(Job { chain, queue, done: done.clone() });
+        state.jobs.push_back(Job { chain, queue, begun: Instant::now(), done: done.clone() });
         drop(state);
         self.shared.work.notify_one();
         Ok(())
@@ -183,12 +188,16 @@ fn next<F>(shared: &Shared<F>) -> Option<Job> {
 }
 
 fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
+    let start = Instant::now();
     let outcome = server.handle(&mut job.chain, scratch, Wait::Allowed);
+    let took = start.elapsed();
     job.done.put(Finished {
         chain: job.chain,
         queue: job.queue,
+        begun: job.begun,
         outcome,
         bytes_read: std::mem::take(&mut scratch.bytes_read),
         bytes_written: std::mem::take(&mut scratch.bytes_written),
+        took,
     });
 }

@@ -18,8 +18,8 @@ use super::dir::Callback;
 use super::namespace::New;
 use super::{PassthroughFs, credentials};
 use crate::fuse::extension::{
-    CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, MapRequest, ReadRequest,
-    Wait, WriteRequest,
+    CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, MapRequest, Origin,
+    ReadRequest, Wait, WriteRequest,
 };
 use crate::fuse::wire::{WRITE_KILL_SUIDGID, init};
 
@@ -383,8 +383,8 @@ impl Extension for PassthroughFs {
         self.save_with_fds(to, fds)
     }
 
-    fn load(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
-        self.load_from(from, fds)
+    fn load(&self, from: &mut dyn Read, origin: Origin) -> anyhow::Result<u64> {
+        self.load_from(from, origin)
     }
 
     fn on_thread(&self) {
