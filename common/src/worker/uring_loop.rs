@@ -13,10 +13,6 @@
 //! the worker's other queues go on. When the session ends the loop returns only after all requests are
 //! done: the kernel must not write into guest memory that is about to be unmapped.
 //!
-//! A thread that slept and is woken costs microseconds of CPU time, as much as a request's own work. So
-//! with many operations under way the loop sleeps until several are done, or for a time that is short
-//! against what such a queue takes ([`GATHER_TIME_US`]).
-//!
 //! With busy-polling on, an idle loop looks at the rings and at the completion queue, which costs no
 //! system call, for as long as recent looks found work and at most the set time.
 #![allow(unsafe_code, reason = "submission queue entries carry raw pointers")]
@@ -49,16 +45,6 @@ const REAP_BATCH: usize = 64;
 const ENTER_GETEVENTS: u32 = 1;
 const ENTER_EXT_ARG: u32 = 8;
 
-/// With fewer operations than this under way, each is worth a wake-up.
-const GATHER_FROM: u32 = 16;
-/// This part of the operations under way is waited for together.
-const GATHER_PART: u32 = 8;
-/// How long for, microseconds. Then one is enough.
-const GATHER_TIME_US: u32 = 50;
-/// Without a limit of its own the kernel takes the end of the time above for the end of the wait, done
-/// operations or not.
-const GATHER_LIMIT: Duration = Duration::from_secs(10);
-
 /// Tokens with this bit are the loop's own; handlers' tokens must not have it.
 const LOOP_BIT: u64 = 1 << 63;
 const TOKEN_CONTROL: u64 = LOOP_BIT | 1 << 62;
@@ -80,8 +66,6 @@ pub struct UringContext {
     deadline: Option<Instant>,
     /// Operations submitted and not completed.
     under_way: u32,
-    /// The kernel can wait for several completions for a limited time (Linux 6.12).
-    gathers: bool,
     registered: Option<RegisteredMemory>,
 }
 
@@ -190,21 +174,12 @@ impl UringContext {
         self.refill();
         let to_submit = u32::try_from(self.ring.submission().len()).unwrap_or(u32::MAX);
         let mut timespec = types::Timespec::new();
-        let gather = if self.gathers && self.under_way >= GATHER_FROM {
-            self.under_way / GATHER_PART
-        } else {
-            1
-        };
         let (want, flags) = match wait {
             Wait::No => (0, ENTER_GETEVENTS),
-            Wait::Ever if gather == 1 => (1, ENTER_GETEVENTS),
-            Wait::Ever => {
-                timespec = types::Timespec::from(GATHER_LIMIT);
-                (gather, ENTER_GETEVENTS | ENTER_EXT_ARG)
-            }
+            Wait::Ever => (1, ENTER_GETEVENTS),
             Wait::Until(left) => {
                 timespec = types::Timespec::from(left);
-                (gather, ENTER_GETEVENTS | ENTER_EXT_ARG)
+                (1, ENTER_GETEVENTS | ENTER_EXT_ARG)
             }
         };
         let result = if flags & ENTER_EXT_ARG == 0 {
@@ -212,7 +187,6 @@ impl UringContext {
             unsafe { self.ring.submitter().enter::<libc::sigset_t>(to_submit, want, flags, None) }
         } else {
             let args = types::SubmitArgs::new().timespec(&timespec);
-            let args = if want > 1 { args.min_wait_usec(GATHER_TIME_US) } else { args };
             // SAFETY: `args` is what EXT_ARG calls for and outlives the call.
             unsafe { self.ring.submitter().enter(to_submit, want, flags, Some(&args)) }
         };
@@ -314,11 +288,9 @@ impl<H: UringHandler> UringLoop<H> {
     /// # Errors
     /// The kernel gives no ring.
     pub fn new(handler: H) -> io::Result<Self> {
-        let ring = build_ring()?;
         let cx = UringContext {
             queues: Queues::default(),
-            gathers: ring.params().is_feature_min_timeout(),
-            ring,
+            ring: build_ring()?,
             backlog: VecDeque::new(),
             deadline: None,
             under_way: 0,
