@@ -139,8 +139,8 @@ pub struct DefaultArgs {
     #[arg(long, value_name = "ON|OFF")]
     pub discard: Option<Switch>,
 
-    /// Pin the guest's memory and register it with io_uring: less CPU time for each request on a disk that is
-    /// not in memory. Not for guests with a balloon or free page reporting
+    /// Pin the guest's memory and register it with io_uring, which then need not look pages up for each
+    /// request. Not for guests with a balloon or free page reporting; no effect on disks in memory
     #[arg(long)]
     pub register_memory: bool,
 }
