@@ -65,6 +65,8 @@ pub enum BackendRequest {
     Map(u64, u64),
     /// SHMEM_UNMAP of offset and length in bytes.
     Unmap(u64, u64),
+    /// IOTLB_MSG: the translation of this I/O virtual address is wanted, for this access.
+    IotlbMiss(u64, u8),
     /// Anything else, by request code.
     Other(u32),
 }
@@ -244,6 +246,10 @@ impl Server {
             }
             _ if is(message, BackendReq::SHMEM_UNMAP) => {
                 BackendRequest::Unmap(message.u64_at(16)?, message.u64_at(24)?)
+            }
+            _ if is(message, BackendReq::IOTLB_MSG) => {
+                ensure!(message.body.len() == 32 && message.body[25] == 1, "no IOTLB miss");
+                BackendRequest::IotlbMiss(message.u64_at(0)?, message.body[24])
             }
             other => BackendRequest::Other(other),
         };
