@@ -102,7 +102,7 @@ impl ToolRoot {
     /// As [`Self::guests`].
     pub fn dpdk() -> Result<&'static Self> {
         static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
-        ROOT.get_or_init(|| build::cached(&DPDK).map(|path| Self { path }))
+        ROOT.get_or_init(|| build::cached(&DPDK, None).map(|path| Self { path }))
             .as_ref()
             .map_err(|error| anyhow!("{error:#}"))
     }

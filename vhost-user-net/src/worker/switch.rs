@@ -318,7 +318,7 @@ impl SwitchWorker {
             self.switch(queue, count);
             queue.publish();
             if count > 0 {
-                begun = self.metrics.tx_latency.record_since(begun, count as u64);
+                begun = self.gate.metrics.tx_latency.record_since(begun, count as u64);
             }
             left = left.saturating_sub(taken);
             match end {

@@ -156,7 +156,7 @@ impl TxSide {
             if count > 0 {
                 let taken = self.send(io, queue, count);
                 queue.publish();
-                begun = self.metrics.tx_latency.record_since(begun, taken as u64);
+                begun = self.gate.metrics.tx_latency.record_since(begun, taken as u64);
                 if taken < count || io.has_rest() {
                     self.full = true;
                     return Turn::Full;
