@@ -144,7 +144,8 @@ impl Daemon {
     }
 
     /// The process and those it made: a confined daemon does its work in a child.
-    fn family(&self) -> Vec<u32> {
+    #[must_use]
+    pub fn processes(&self) -> Vec<u32> {
         let mut all = vec![self.pid()];
         let mut next = 0;
         while let Some(pid) = all.get(next) {
@@ -162,7 +163,7 @@ impl Daemon {
     /// When the process is gone.
     pub fn cpu_time(&self) -> Result<Duration> {
         let mut ticks = 0;
-        for pid in self.family() {
+        for pid in self.processes() {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
             // The second field is the name in parentheses, which may have blanks itself.
             let (_, fields) = stat.rsplit_once(')').context("malformed /proc/PID/stat")?;
@@ -179,7 +180,7 @@ impl Daemon {
     /// When the process is gone.
     pub fn private_bytes(&self) -> Result<u64> {
         let mut kib = 0;
-        for pid in self.family() {
+        for pid in self.processes() {
             let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
             for line in rollup.lines() {
                 if let Some((_, value)) = line
@@ -199,7 +200,7 @@ impl Daemon {
     /// When the process is gone.
     pub fn open_fds(&self) -> Result<usize> {
         let mut most = 0;
-        for pid in self.family() {
+        for pid in self.processes() {
             most = most.max(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
         }
         Ok(most)

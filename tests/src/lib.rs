@@ -7,6 +7,7 @@ pub mod driver;
 pub mod frontend;
 pub mod fuse_bridge;
 pub mod guests;
+pub mod inverter;
 pub mod link_socket;
 pub mod loop_device;
 pub mod memory;

@@ -222,7 +222,8 @@ impl Shared {
         let before = self.control_state();
         *lock(&self.stopped) = before.filter(|_| !here);
         self.has_control.store(here, Ordering::Release);
-        if let Some(moved) = lock(&self.moved).take().filter(|_| here) {
+        let moved = lock(&self.moved).take().filter(|_| here);
+        if let Some(moved) = moved {
             self.set_rx_filter(moved.filter);
             self.set_guest_offloads(moved.offloads & self.features());
             self.set_pairs(moved.pairs.clamp(1, self.max_pairs));

@@ -214,7 +214,7 @@ impl NetWorker {
         let fd = self.shared.backend.queue(self.pair).ok_or(std::io::ErrorKind::NotFound)?;
         let fd = fd.try_clone_to_owned()?;
         let io = BatchIo::new(fd.as_fd(), self.shared.plain_io);
-        self.use_io(FrameIo::Calls(fd, io), cx)
+        self.use_io(FrameIo::Calls(fd, Box::new(io)), cx)
     }
 
     fn use_io(&mut self, io: FrameIo, cx: &mut Context) -> std::io::Result<()> {

@@ -39,6 +39,8 @@ pub struct Finished {
     pub bytes_read: u64,
     /// Bytes written to files.
     pub bytes_written: u64,
+    /// How long it took, once begun.
+    pub took: Duration,
 }
 
 /// Where a worker gets its finished requests.
@@ -186,7 +188,9 @@ fn next<F>(shared: &Shared<F>) -> Option<Job> {
 }
 
 fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
+    let start = Instant::now();
     let outcome = server.handle(&mut job.chain, scratch, Wait::Allowed);
+    let took = start.elapsed();
     job.done.put(Finished {
         chain: job.chain,
         queue: job.queue,
@@ -194,5 +198,6 @@ fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
         outcome,
         bytes_read: std::mem::take(&mut scratch.bytes_read),
         bytes_written: std::mem::take(&mut scratch.bytes_written),
+        took,
     });
 }

@@ -6,6 +6,10 @@
 //! is taken stays here and is tried again by a timer, so that any number of waiting guests costs no
 //! thread and a lock can never be waited for by more than its queue's length.
 //!
+//! Whether a name is in memory, or whether a write will be made to wait, the kernel does not tell beforehand.
+//! So the worker learns: when a batch took milliseconds, storage is slow at present ([`Pace`]), and requests
+//! that may wait for it go to the slow threads until these were fast with a row of them.
+//!
 //! Stopping a queue drains it: slow requests are waited for, waiting locks end with `EINTR`.
 //!
 //! Latencies are measured by the batch, with one look at the clock for each: whoever waits for a batch
@@ -34,7 +38,43 @@ const PUBLISH_AFTER_BYTES: u32 = 256 << 10;
 /// How often a waiting lock is tried, at first and at last.
 const LOCK_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
+/// How long an empty ring is looked at before the worker sleeps, while guests are that fast: about what
+/// sleeping and waking cost.
+const LINGER: Duration = Duration::from_micros(3);
+
+/// A batch of requests done at once that took so long waited for storage, a nanosecond for each byte moved
+/// taken off.
+const SLOW_BATCH: Duration = Duration::from_millis(2);
+/// A request that a slow thread did in this time need not have gone to it...
+const FAST_REQUEST: Duration = Duration::from_micros(200);
+/// ...and after so many in a row they no longer do.
+const FAST_ROW: u8 = 16;
+
 const TOKEN_MAILBOX: u64 = 1;
+
+/// Whether storage is slow at present.
+#[derive(Debug, Default)]
+struct Pace {
+    slow: bool,
+    /// Requests in a row that slow threads did fast.
+    fast: u8,
+}
+
+impl Pace {
+    /// A batch that moved `bytes` of data took `time` on the worker's thread.
+    #[inline]
+    fn after_batch(&mut self, time: Duration, bytes: u64) {
+        if time > SLOW_BATCH && time - SLOW_BATCH > Duration::from_nanos(bytes) {
+            *self = Self { slow: true, fast: 0 };
+        }
+    }
+
+    /// A slow thread took `time` for a request.
+    fn after_slow_thread(&mut self, time: Duration) {
+        self.fast = if time <= FAST_REQUEST { self.fast.saturating_add(1) } else { 0 };
+        self.slow &= self.fast < FAST_ROW;
+    }
+}
 
 /// A SETLKW whose lock is taken.
 #[derive(Debug)]
@@ -82,6 +122,7 @@ pub struct FsWorker<F: Extension> {
     gauges: Gauges,
     /// Requests that this worker answered itself and that are in no latency yet.
     answered: u64,
+    pace: Pace,
 }
 
 impl<F: Extension> FsWorker<F> {
@@ -103,6 +144,7 @@ impl<F: Extension> FsWorker<F> {
             lock_pause: LOCK_PAUSE.0,
             gauges,
             answered: 0,
+            pace: Pace::default(),
         })
     }
 
@@ -172,6 +214,13 @@ impl<F: Extension> FsWorker<F> {
         written
     }
 
+    /// Counts the bytes of a batch, and takes note of how long it took.
+    fn end_batch(&mut self, queue: &Queue, took: Duration) {
+        let bytes = self.scratch.bytes_read.saturating_add(self.scratch.bytes_written);
+        self.pace.after_batch(took, bytes);
+        self.count_bytes(queue);
+    }
+
     fn count_bytes(&mut self, queue: &Queue) {
         let metrics = queue.metrics();
         metrics.bytes_read.add(std::mem::take(&mut self.scratch.bytes_read));
@@ -183,6 +232,7 @@ impl<F: Extension> FsWorker<F> {
         let mut finished = std::mem::take(&mut self.finished);
         for done in finished.drain(..) {
             self.away -= 1;
+            self.pace.after_slow_thread(done.took);
             // A queue is there as long as one of its chains is away.
             let Some(queue) = cx.queues.get(done.queue) else { continue };
             self.scratch.bytes_read += done.bytes_read;
@@ -259,8 +309,12 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
 
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
+        let start = Instant::now();
+        // With DAX, such requests may need an answer of the VMM's, which only the worker can put off.
+        self.scratch.storage_is_slow =
+            self.pace.slow && self.server.file_system().dax_window() == 0;
         let (mut replies, mut bytes) = (0, 0);
-        let mut begun = Instant::now();
+        let mut begun = start;
         let mut progress = Progress::More;
         for _ in 0..BUDGET {
             if !queue.pop(&mut self.chain) {
@@ -276,10 +330,14 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
                 (replies, bytes) = (0, 0);
             }
         }
-        self.count_bytes(queue);
-        self.count_batch(begun);
+        let done = self.count_batch(begun);
+        self.end_batch(queue, done.duration_since(start));
         self.rest(cx);
         progress
+    }
+
+    fn linger(&self) -> Duration {
+        LINGER
     }
 
     fn on_event(&mut self, token: u64, _events: Events, cx: &mut Context) {
@@ -306,5 +364,32 @@ impl<F: Extension> Drop for FsWorker<F> {
     fn drop(&mut self) {
         // Chains with slow threads point into memory that the queues keep mapped, and these go next.
         self.drain(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn storage_is_slow_until_slow_threads_are_fast_in_a_row() {
+        let (slow, fast) = (Duration::from_millis(3), Duration::from_micros(50));
+        let mut pace = Pace::default();
+        pace.after_batch(fast, 0);
+        // Three milliseconds are little for four megabytes.
+        pace.after_batch(slow, 4 << 20);
+        assert!(!pace.slow);
+        pace.after_batch(slow, 4096);
+        assert!(pace.slow);
+        for _ in 0..FAST_ROW - 1 {
+            pace.after_slow_thread(fast);
+        }
+        pace.after_slow_thread(slow);
+        assert!(pace.slow);
+        for _ in 0..FAST_ROW {
+            assert!(pace.slow);
+            pace.after_slow_thread(fast);
+        }
+        assert!(!pace.slow);
     }
 }

@@ -1,3 +1,9 @@
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "lengths of test frames are small"
+)]
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 

@@ -10,7 +10,7 @@ use crate::stream::{FrameStream, StreamError};
 #[derive(Debug)]
 pub(super) enum FrameIo {
     /// A descriptor on which each call is a frame.
-    Calls(OwnedFd, BatchIo),
+    Calls(OwnedFd, Box<BatchIo>),
     /// A stream of frames.
     Stream(Box<FrameStream>),
 }
