@@ -62,6 +62,7 @@ fn names_from_slow_storage_hold_up_no_queue() {
             tag: None,
             request_queues: Some(1),
             slow_threads: 4,
+            dax_timeout: PATIENCE,
             limits: Limits::default(),
             metrics: Registry::new("virtiofsd").device("fs0"),
         };
