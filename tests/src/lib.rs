@@ -9,6 +9,7 @@ pub mod fuse_bridge;
 pub mod guests;
 pub mod link_socket;
 pub mod memory;
+pub mod mounted;
 pub mod netns;
 pub mod peers;
 pub mod pod;
