@@ -19,7 +19,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use crate::dax::ChannelWindow;
 use crate::fuse::{Extension, Limits, Server};
-use crate::slow_pool::SlowPool;
+use crate::slow_pool::{LockThreads, SlowPool};
 use crate::worker::FsWorker;
 
 /// Bytes of a tag in configuration space; shorter tags end with NUL.
@@ -83,7 +83,7 @@ pub struct DeviceOptions {
     /// Request queues; `None`: what configuration space says is 1, and a VMM that decides itself may
     /// use up to 64.
     pub request_queues: Option<u16>,
-    /// Slow threads at the most; 0: requests that wait hold up their queue.
+    /// Slow threads at the most; 0: requests that wait hold up their queue, and locks are polled for.
     pub slow_threads: usize,
     /// For INIT.
     pub limits: Limits,
@@ -95,6 +95,7 @@ pub struct FsDevice<F> {
     options: DeviceOptions,
     server: Arc<Server<F>>,
     pool: Arc<SlowPool<F>>,
+    lock_threads: Arc<LockThreads<F>>,
     /// What has come of a way to the guest's DAX window.
     window: Mutex<WindowState>,
 }
@@ -111,7 +112,8 @@ impl<F: Extension> FsDevice<F> {
     pub fn new(fs: F, options: DeviceOptions) -> Self {
         let server = Arc::new(Server::new(fs, options.limits));
         let pool = Arc::new(SlowPool::new(server.clone(), options.slow_threads));
-        Self { options, server, pool, window: Mutex::default() }
+        let lock_threads = Arc::new(LockThreads::new(server.clone(), options.slow_threads > 0));
+        Self { options, server, pool, lock_threads, window: Mutex::default() }
     }
 
     /// The FUSE server.
@@ -192,7 +194,8 @@ impl<F: Extension> Device for FsDevice<F> {
     }
 
     fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
-        let worker = FsWorker::new(self.server.clone(), self.pool.clone())?;
+        let worker =
+            FsWorker::new(self.server.clone(), self.pool.clone(), self.lock_threads.clone())?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))
     }

@@ -3,8 +3,8 @@
 //! # Theory of operation
 //! Each queue has a worker of its own. It does what needs no waiting at once, on its own thread; the
 //! rest goes to the [`SlowPool`] and comes back through the worker's [`Mailbox`]. A SETLKW whose lock
-//! is taken stays here and is tried again by a timer, so that any number of waiting guests costs no
-//! thread and a lock can never be waited for by more than its queue's length.
+//! is taken goes to a thread of its own ([`LockThreads`]); if there are too many, it stays here and is
+//! tried again by a timer, so that any number of waiting guests costs a few threads at most.
 //!
 //! Stopping a queue drains it: slow requests are waited for, waiting locks end with `EINTR`.
 
@@ -19,7 +19,7 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use crate::fuse::reply::Reply;
 use crate::fuse::wire::InHeader;
 use crate::fuse::{Extension, Outcome, Scratch, Server, Wait};
-use crate::slow_pool::{Finished, Mailbox, SlowPool};
+use crate::slow_pool::{Finished, LockThreads, Mailbox, SlowPool};
 
 /// Requests done in one go before other events get their turn.
 const BUDGET: usize = 128;
@@ -32,7 +32,10 @@ const LOCK_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::fr
 
 const TOKEN_MAILBOX: u64 = 1;
 
-/// A SETLKW whose lock is taken.
+/// Between two interruptions of those who wait for locks, until all are back.
+const INTERRUPT_AGAIN: Duration = Duration::from_millis(20);
+
+/// A SETLKW whose lock is taken, and that has no thread.
 #[derive(Debug)]
 struct Waiting {
     chain: Box<Chain>,
@@ -57,14 +60,21 @@ pub struct FsWorker<F: Extension> {
     away: usize,
     locks: Vec<Waiting>,
     lock_pause: Duration,
+    lock_threads: Arc<LockThreads<F>>,
+    /// The SETLKW requests that wait on threads.
+    lock_waits: Vec<u64>,
 }
 
 impl<F: Extension> FsWorker<F> {
-    /// A worker that gives slow requests to `pool`.
+    /// A worker that gives slow requests to `pool`, and waits for locks on `lock_threads`.
     ///
     /// # Errors
     /// The process is out of descriptors.
-    pub fn new(server: Arc<Server<F>>, pool: Arc<SlowPool<F>>) -> io::Result<Self> {
+    pub fn new(
+        server: Arc<Server<F>>,
+        pool: Arc<SlowPool<F>>,
+        lock_threads: Arc<LockThreads<F>>,
+    ) -> io::Result<Self> {
         Ok(Self {
             server,
             pool,
@@ -76,6 +86,8 @@ impl<F: Extension> FsWorker<F> {
             away: 0,
             locks: Vec::new(),
             lock_pause: LOCK_PAUSE.0,
+            lock_threads,
+            lock_waits: Vec::new(),
         })
     }
 
@@ -127,8 +139,13 @@ impl<F: Extension> FsWorker<F> {
         let written = match outcome {
             Outcome::Done(written) => written,
             Outcome::Locked { unique } => {
-                self.lock_pause = LOCK_PAUSE.0;
-                self.locks.push(Waiting { chain, queue: queue.index(), unique });
+                match self.lock_threads.submit(chain, (queue.index(), unique), &self.mailbox) {
+                    Ok(()) => {
+                        self.away += 1;
+                        self.lock_waits.push(unique);
+                    }
+                    Err(chain) => self.try_again(Waiting { chain, queue: queue.index(), unique }),
+                }
                 return 0;
             }
             // Chains popped after it may be done already, so it cannot go back into the ring.
@@ -144,6 +161,12 @@ impl<F: Extension> FsWorker<F> {
         written
     }
 
+    /// Keeps a lock request to be tried again soon.
+    fn try_again(&mut self, waiting: Waiting) {
+        self.lock_pause = LOCK_PAUSE.0;
+        self.locks.push(waiting);
+    }
+
     fn count_bytes(&mut self, queue: &Queue) {
         let metrics = queue.metrics();
         metrics.bytes_read.add(std::mem::take(&mut self.scratch.bytes_read));
@@ -155,12 +178,21 @@ impl<F: Extension> FsWorker<F> {
         let mut finished = std::mem::take(&mut self.finished);
         for done in finished.drain(..) {
             self.away -= 1;
+            self.lock_waits.retain(|unique| done.lock != Some(*unique));
             // A queue is there as long as one of its chains is away.
             let Some(queue) = cx.queues.get(done.queue) else { continue };
             self.scratch.bytes_read += done.bytes_read;
             self.scratch.bytes_written += done.bytes_written;
             self.count_bytes(queue);
-            self.settle(done.chain, done.outcome, queue);
+            match done.outcome {
+                // From a file system that cannot wait for locks.
+                Outcome::Locked { unique } => {
+                    self.try_again(Waiting { chain: done.chain, queue: done.queue, unique });
+                }
+                outcome => {
+                    self.settle(done.chain, outcome, queue);
+                }
+            }
         }
         self.finished = finished;
         self.arm_locks(cx);
@@ -180,7 +212,7 @@ impl<F: Extension> FsWorker<F> {
         self.locks = staying;
         let ending: Vec<Waiting> = ending;
         for mut waiting in ending {
-            self.server.forget_lock(waiting.unique);
+            self.server.lock_waits().forget(waiting.unique);
             let Some(queue) = cx.queues.get(index) else { continue };
             let written = interrupted(&mut waiting.chain);
             queue.push(&mut waiting.chain, written);
@@ -188,11 +220,17 @@ impl<F: Extension> FsWorker<F> {
         }
     }
 
-    /// Waits for everything that is with the slow threads.
+    /// Waits for everything that is with other threads; waits for locks are interrupted.
     fn drain(&mut self, cx: Option<&mut Context>) {
         let mut cx = cx;
         while self.away > 0 {
-            self.mailbox.wait(&mut self.finished);
+            for unique in &self.lock_waits {
+                self.server.lock_waits().interrupt(*unique);
+            }
+            match self.lock_waits.is_empty() {
+                true => self.mailbox.wait(&mut self.finished),
+                false => self.mailbox.wait_for(&mut self.finished, INTERRUPT_AGAIN),
+            }
             match &mut cx {
                 Some(cx) => self.collect(cx),
                 None => self.away -= self.finished.drain(..).count(),
