@@ -7,14 +7,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
+use outboard_common::device::Device;
 use outboard_common::ring::{Chain, IoVecs};
 use outboard_common::sys::EventFd;
 use outboard_common::vhost_user::session::{Session, SessionOptions};
 use outboard_common::vhost_user::wire;
-use outboard_common::worker::{Context, EventLoop, Progress, QueueHandler};
 use testkit::driver::{GuestQueue, INDIRECT_DESC, RingFormat};
 use testkit::frontend::encode;
+use testkit::inverter::Inverter;
 use testkit::memory::GuestRam;
 use zerocopy::FromBytes;
 
@@ -41,48 +41,13 @@ pub fn wire_parser(data: &[u8]) {
     }
 }
 
-/// A device that returns every chain unused.
-struct Echo;
-
-struct EchoWorker(Chain);
-
-impl QueueHandler for EchoWorker {
-    fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
-        let Some(queue) = cx.queues.get(index) else { return Progress::Emptied };
-        while queue.pop(&mut self.0) {
-            queue.push(&mut self.0, 0);
-        }
-        Progress::Emptied
-    }
-}
-
-impl Device for Echo {
-    fn name(&self) -> &str {
-        "echo"
-    }
-    fn queue_count(&self) -> u16 {
-        2
-    }
-    fn features(&self) -> u64 {
-        RING_FEATURES
-    }
-    fn read_config(&self, _offset: u32, _out: &mut [u8]) {}
-    fn worker_of(&self, queue: u16) -> usize {
-        usize::from(queue)
-    }
-    fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
-        let event_loop = EventLoop::new(EchoWorker(Chain::new()))?;
-        Ok(Box::new(move |control| event_loop.run(control)))
-    }
-}
-
 /// A whole session on a stream of messages: each takes a code, a size and then a body from the data.
 /// Memory files come with those that want one.
 pub fn session(mut data: &[u8]) {
     let Ok((ours, theirs)) = std::os::unix::net::UnixStream::pair() else { return };
     let Ok(shutdown) = EventFd::new() else { return };
     let Ok(ram) = GuestRam::new(1 << 16) else { return };
-    let device: Arc<dyn Device> = Arc::new(Echo);
+    let device: Arc<dyn Device> = Arc::new(Inverter);
     let served = std::thread::spawn(move || {
         Session::new(device, theirs, vec![Arc::default(); 2], SessionOptions::default())
             .serve(&shutdown);

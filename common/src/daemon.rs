@@ -16,6 +16,7 @@ use signal_hook::iterator::{Handle, Signals};
 use crate::device::Device;
 use crate::handover::{DeviceState, Handover, Inherited};
 use crate::metrics::{QueueMetrics, Registry};
+use crate::sandbox::namespaces::deliver_signals;
 use crate::sys::EventFd;
 use crate::transport::Transport;
 use crate::vhost_user::session::{Ended, Session, SessionOptions};
@@ -88,6 +89,7 @@ struct Shared {
 /// The system has no thread or descriptor for us.
 pub fn run(endpoints: Vec<Endpoint>, options: RunOptions) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
+    deliver_signals().context("signal mask")?;
     let shared = Shared {
         shutdown: Arc::new(EventFd::new().context("event descriptor")?),
         left: Arc::new(AtomicUsize::new(endpoints.len())),

@@ -135,6 +135,16 @@ impl TakenOver {
         Ok(Endpoint { inherited, ..Endpoint::new(device, transport, options) })
     }
 
+    /// Duplicates of the descriptors that the device `name` left, for what has to be opened before the
+    /// session goes on; none if there are none.
+    #[must_use]
+    pub fn device_fds(&self, name: &str) -> Vec<OwnedFd> {
+        let item = self.items.iter().find(|i| i.name == name);
+        let fds = item.and_then(|i| self.fds.get(i.device_fds.clone())).unwrap_or_default();
+        // One that cannot be duplicated is opened anew, as if it had not come.
+        fds.iter().flatten().filter_map(|fd| fd.try_clone().ok()).collect()
+    }
+
     /// The listening socket of the device `name`, if it came.
     pub fn transport(&mut self, name: &str, path: Option<PathBuf>) -> Option<Transport> {
         let at = self.items.iter().find(|i| i.name == name)?.listener?;

@@ -31,6 +31,12 @@ pub enum Command {
     },
     /// Print the VMM's command for a pod as one line for a shell
     Args(PodArgs),
+    /// Replace a pod's daemons by those now on disk, while its guest goes on
+    Upgrade {
+        /// Names or run directories of pods
+        #[arg(value_name = "POD", required = true)]
+        pods: Vec<PathBuf>,
+    },
     /// List the pods that run, and their daemons
     Ps {
         /// Names or run directories of pods [default: all of this user]

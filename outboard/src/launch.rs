@@ -7,6 +7,9 @@
 //!
 //! Order: run directory and its lock → daemons, each until it listens → the VMM's arguments are
 //! printed → (with `--exec`) the VMM → ... → the VMM is stopped → the daemons → the directory is emptied.
+//!
+//! An upgrade (SIGUSR1, `outboard upgrade`) starts a newer process beside each daemon; the older one ends
+//! when it has handed its guest over, and goes on when the newer one fails before.
 
 pub mod commands;
 mod readiness;
@@ -25,7 +28,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use self::run_dir::RunDir;
-use self::service::Service;
+use self::service::{News, Service};
 use self::signals::Wakes;
 use self::spawn::spawn;
 use crate::layout::Layout;
@@ -70,7 +73,7 @@ struct Running<'a> {
     started: u64,
 }
 
-/// Runs a pod until SIGTERM or SIGINT, or until the VMM ends.
+/// Runs a pod until SIGTERM, SIGINT or SIGHUP, or until the VMM ends.
 ///
 /// # Errors
 /// A daemon does not start (all others are stopped then), or the VMM fails.
@@ -103,6 +106,9 @@ impl Running<'_> {
                 ensure!(status.success(), "{} ended with {status}", self.launch.vmm.program);
                 return Ok(());
             }
+            if self.wakes.take_upgrade() {
+                self.upgrade_services();
+            }
             self.look_after_services();
             let due = self.services.iter().filter_map(Service::due_in).min();
             self.wakes.wait(due.unwrap_or(LONG));
@@ -124,7 +130,7 @@ impl Running<'_> {
             let mut all_ready = true;
             for service in &mut self.services {
                 let (name, program) = (service.spec.name.clone(), service.spec.kind.program());
-                if let Some(status) = service.ended() {
+                if let Some(News::Ended(status)) = service.news() {
                     bail!("{program} for {name} did not start ({status}): {}", service.log_tail());
                 }
                 if !service.is_ready() {
@@ -167,15 +173,40 @@ impl Running<'_> {
         Ok(())
     }
 
+    /// Has newer processes take over from the daemons.
+    fn upgrade_services(&mut self) {
+        for service in &mut self.services {
+            if let Err(error) = service.upgrade(&self.launch.bin_dir) {
+                tracing::error!("{error:#}");
+            }
+        }
+        self.write_state();
+    }
+
     /// Plans the restart of what died, and restarts what is due.
     fn look_after_services(&mut self) {
         let mut changed = false;
         for service in &mut self.services {
             let (name, program) = (service.spec.name.clone(), service.spec.kind.program());
-            if let Some(status) = service.ended() {
-                let wait = service.plan_restart(status);
-                tracing::warn!("{program} for {name} ended ({status}); starts again in {wait:?}");
-                changed = true;
+            let news = service.news();
+            changed |= news.is_some();
+            match news {
+                Some(News::Ended(status)) => {
+                    let wait = service.plan_restart(status);
+                    tracing::warn!(
+                        "{program} for {name} ended ({status}); starts again in {wait:?}"
+                    );
+                }
+                Some(News::Upgraded) => {
+                    tracing::info!("a newer {program} for {name} has taken over");
+                }
+                Some(News::NotUpgraded(status)) => {
+                    let log = service.log_tail();
+                    tracing::error!(
+                        "the newer {program} for {name} did not take over ({status}): {log}"
+                    );
+                }
+                None => {}
             }
             if service.due_in().is_some_and(|wait| wait.is_zero()) {
                 changed = true;
@@ -200,6 +231,7 @@ impl Running<'_> {
             name: launch.pod.name.clone(),
             pid: std::process::id(),
             file: std::path::absolute(launch.file).unwrap_or_else(|_| launch.file.to_owned()),
+            dir: launch.layout.dir.clone(),
             started: self.started,
             devices: self.services.iter().map(Service::state).collect(),
         };

@@ -51,7 +51,7 @@ impl Layout {
         check_dir(&dir)?;
         let layout = Self { dir };
         for name in pod.device_names() {
-            let longest = layout.metrics(name);
+            let longest = layout.handover(name);
             check_socket_path(&longest).map_err(|why| {
                 format!("{}: {why}; choose a shorter run directory", longest.display())
             })?;
@@ -69,6 +69,12 @@ impl Layout {
     #[must_use]
     pub fn metrics(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.metrics"))
+    }
+
+    /// Where a newer process of the daemon takes over from it.
+    #[must_use]
+    pub fn handover(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.handover"))
     }
 
     /// What the daemon logs.

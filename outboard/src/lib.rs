@@ -7,6 +7,7 @@
 //! | [`layout`], [`state`] | the run directory; what is said of a running pod |
 //! | [`vmm_args`] | how each VMM is told of the devices; pure |
 //! | [`launch`] | daemons started, watched, started again, stopped |
+//! | [`upgrade`] | the daemons of a running pod replaced by newer ones |
 //! | [`watch`], [`top`] | the pods that run, as a list and live |
 
 pub mod cli;
@@ -15,6 +16,7 @@ pub mod layout;
 pub mod pod;
 pub mod state;
 pub mod top;
+pub mod upgrade;
 pub mod vmm_args;
 pub mod watch;
 
@@ -45,6 +47,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
             let (pod, layout) = prepare(&args)?;
             print(&vmm_args::command(args.vmm, &pod, &layout, &args.extra)?.shell_line())
         }
+        Command::Upgrade { pods } => upgrade::run(&pods),
         Command::Ps { pods, json } => watch::list(&pods, json),
         Command::Top(args) => top::run(&args),
     }

@@ -21,6 +21,8 @@ pub struct PodState {
     pub pid: u32,
     /// Its file.
     pub file: PathBuf,
+    /// Its run directory.
+    pub dir: PathBuf,
     /// Seconds since 1970.
     pub started: u64,
     /// Its devices, in the order of the file.
@@ -46,6 +48,10 @@ pub struct DeviceState {
     pub socket: PathBuf,
     /// Where its counters are.
     pub metrics: PathBuf,
+    /// How often a newer process took its guest over.
+    pub upgrades: u32,
+    /// How often one was to do so and could not.
+    pub failed_upgrades: u32,
 }
 
 /// Seconds since 1970.

@@ -107,11 +107,14 @@ mod tests {
             last_exit: None,
             socket: format!("/r/{name}.sock").into(),
             metrics: "/m".into(),
+            upgrades: 0,
+            failed_upgrades: 0,
         };
         let pod = PodState {
             name: "web".into(),
             pid: 1,
             file: "/web.toml".into(),
+            dir: "/r".into(),
             started: 0,
             devices: vec![device("root", Some(17)), device("database", None)],
         };

@@ -2,7 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -20,6 +21,19 @@ const POLL: Duration = Duration::from_millis(2);
 const SETTLED: Duration = Duration::from_millis(50);
 /// The flag `__SO_ACCEPTCON` of a listening socket in `/proc/net/unix`.
 const LISTENING: &str = "00010000";
+
+/// One request to a daemon's control socket, and its answer: a line of JSON each.
+///
+/// # Panics
+/// When nobody answers.
+#[must_use]
+pub fn ask(control: &Path, request: &str) -> String {
+    let mut stream = UnixStream::connect(control).expect("a control socket");
+    writeln!(stream, "{request}").expect("a request");
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).expect("an answer");
+    answer
+}
 
 /// A running daemon that listens. Dropping it kills it and, in a failing test, shows its log.
 #[derive(Debug)]
@@ -130,7 +144,8 @@ impl Daemon {
     }
 
     /// The process and those it made: a confined daemon does its work in a child.
-    fn family(&self) -> Vec<u32> {
+    #[must_use]
+    pub fn processes(&self) -> Vec<u32> {
         let mut all = vec![self.pid()];
         let mut next = 0;
         while let Some(pid) = all.get(next) {
@@ -154,7 +169,7 @@ impl Daemon {
     /// When the process is gone.
     pub fn cpu_time(&self) -> Result<Duration> {
         let mut ticks = 0;
-        for pid in self.family() {
+        for pid in self.processes() {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
             // The second field is the name in parentheses, which may have blanks itself.
             let (_, fields) = stat.rsplit_once(')').context("malformed /proc/PID/stat")?;
@@ -171,7 +186,7 @@ impl Daemon {
     /// When the process is gone.
     pub fn private_bytes(&self) -> Result<u64> {
         let mut kib = 0;
-        for pid in self.family() {
+        for pid in self.processes() {
             let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
             for line in rollup.lines() {
                 if let Some((_, value)) = line
@@ -191,7 +206,7 @@ impl Daemon {
     /// When the process is gone.
     pub fn open_fds(&self) -> Result<usize> {
         let mut most = 0;
-        for pid in self.family() {
+        for pid in self.processes() {
             most = most.max(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
         }
         Ok(most)

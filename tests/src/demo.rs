@@ -53,10 +53,11 @@ pub fn run(options: Options, stop: &AtomicBool) -> Result<bool> {
     let dir = tempfile::Builder::new().prefix("outboard-demo-").tempdir()?;
     let mut report = Report::default();
     progress("looking for the guest's kernel and tools (unpacked the first time, ~550 MB)");
-    let root = ToolRoot::guests();
+    let root = ToolRoot::guests_unless(stop);
     not_stopped(stop)?;
     let known = root.as_ref().ok().copied();
     let mut devices = Devices::start(known, dir.path(), &mut report)?;
+    not_stopped(stop)?;
     match &root {
         Ok(root) if devices.any() => {
             guest::show(root, options.vmm, &devices, stop, &mut report)?;

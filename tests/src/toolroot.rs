@@ -17,6 +17,7 @@ pub(crate) use build::cache_dir;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow};
 
@@ -34,11 +35,18 @@ struct Recipe {
     packages: &'static [&'static str],
     /// Packages that are also kept as they came, in `/guest/debs`.
     kept: &'static [&'static str],
+    /// It has kernels, whose modules are made ready for guests.
+    kernels: bool,
 }
 
-/// Guests, VMMs, the peers and the guests' tools.
+/// DPDK's testpmd, as a driver and generator that polls. Apart, since few need it.
+const DPDK: Recipe =
+    Recipe { name: "dpdk", packages: &["dpdk-dev", "busybox-static"], kept: &[], kernels: false };
+
+/// Guests, VMMs, the peers and the guests' tools: everything but DPDK.
 const GUESTS: Recipe = Recipe {
     name: "guests",
+    kernels: true,
     packages: &[
         "user-mode-linux",
         "qemu-system-x86",
@@ -63,6 +71,7 @@ const GUESTS: Recipe = Recipe {
 /// User Mode Linux with programs that try file systems, and packages to be unpacked.
 const SUITES: Recipe = Recipe {
     name: "suites",
+    kernels: true,
     packages: &[
         "user-mode-linux",
         "busybox-static",
@@ -89,8 +98,32 @@ impl ToolRoot {
     /// # Errors
     /// When it cannot be built: no `mmdebstrap`, no package mirror, no room, no privileges.
     pub fn guests() -> Result<&'static Self> {
+        Self::guests_with(None)
+    }
+
+    /// As [`ToolRoot::guests`], for a person who waits: building ends early, and leaves nothing, when
+    /// `stop` is set, and is tried again though it failed a moment ago.
+    ///
+    /// # Errors
+    /// As [`ToolRoot::guests`], or it was stopped.
+    pub fn guests_unless(stop: &AtomicBool) -> Result<&'static Self> {
+        Self::guests_with(Some(stop))
+    }
+
+    fn guests_with(stop: Option<&AtomicBool>) -> Result<&'static Self> {
         static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
-        ROOT.get_or_init(|| build::cached(&GUESTS).map(|path| Self { path }))
+        ROOT.get_or_init(|| build::cached(&GUESTS, stop).map(|path| Self { path }))
+            .as_ref()
+            .map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// The root with DPDK, built on first use.
+    ///
+    /// # Errors
+    /// As [`Self::guests`].
+    pub fn dpdk() -> Result<&'static Self> {
+        static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
+        ROOT.get_or_init(|| build::cached(&DPDK, None).map(|path| Self { path }))
             .as_ref()
             .map_err(|error| anyhow!("{error:#}"))
     }
@@ -106,7 +139,7 @@ impl ToolRoot {
     #[must_use]
     pub fn suites_for_test() -> Option<&'static Self> {
         static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
-        let root = ROOT.get_or_init(|| build::cached(&SUITES).map(|path| Self { path }));
+        let root = ROOT.get_or_init(|| build::cached(&SUITES, None).map(|path| Self { path }));
         or_skip(root.as_ref().map_err(|error| anyhow!("{error:#}")))
     }
 

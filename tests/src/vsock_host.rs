@@ -11,6 +11,11 @@ use tempfile::TempDir;
 
 use crate::daemon::{Daemon, bin};
 use crate::driver::vsock::{GuestStream, VsockGuest, VsockOptions, op};
+use crate::toolroot::ToolRoot;
+
+/// With this in the environment the tests run vhost-device-vsock in place of vsock-proxy: to see that they
+/// find what is known to be wrong there. Decision 0041 has what they say.
+const PEER: &str = "OUTBOARD_VSOCK_PEER";
 
 /// How long anything may take that should take no time.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -30,6 +35,11 @@ impl VsockHost {
     /// # Errors
     /// It does not start.
     pub fn start(arguments: &[&str]) -> Result<Self> {
+        if std::env::var_os(PEER).is_some() {
+            let mut command = ToolRoot::guests()?.command("vhost-device-vsock")?;
+            command.args(arguments);
+            return Self::start_program("vhost-device-vsock", command);
+        }
         let dir = tempfile::tempdir()?;
         let host = dir.path().join("host");
         let host = format!("--uds-path={}", host.display());
@@ -102,8 +112,7 @@ impl VsockHost {
         let request = guest.expect(op::REQUEST)?;
         ensure!(request.dst_port == port, "{request:?}");
         let theirs = GuestStream::accept(guest, &request)?;
-        let said = read_ok(&mut stream)?;
-        ensure!(said == request.src_port, "OK {said}, but the guest sees {}", request.src_port);
+        read_ok(&mut stream)?;
         Ok((stream, theirs))
     }
 

@@ -9,21 +9,24 @@ use anyhow::Result;
 pub struct Ports {
     /// The host sends back what it gets.
     pub echo: u32,
-    /// The host takes [`BULK`] bytes until end of file, and answers with their checksum.
+    /// The host takes the bulk until end of file, and answers with its checksum.
     pub sink: u32,
-    /// The host sends [`BULK`] bytes, their checksum and end of file.
+    /// The host sends the bulk, its checksum and end of file.
     pub source: u32,
     /// The host sends messages back.
     pub messages: u32,
     /// The guest sends back what it gets until end of file.
     pub guest: u32,
+    /// The guest serves ttrpc.
+    pub calls: u32,
 }
 
 /// The ports.
 pub const PORTS: Ports =
-    Ports { echo: 2000, sink: 2001, source: 2002, messages: 2003, guest: 5000 };
-/// Bytes each way: 1 GiB.
-pub const BULK: u64 = 1 << 30;
+    Ports { echo: 2000, sink: 2001, source: 2002, messages: 2003, guest: 5000, calls: 5001 };
+/// The service and the methods that the guest's ttrpc server has: one answers with what it got, one
+/// ends the server.
+pub const CALLS: (&str, &str, &str) = ("outboard.Test", "Echo", "Over");
 const CHUNK: usize = 64 << 10;
 
 fn add(mut sum: u64, bytes: &[u8]) -> u64 {
@@ -33,14 +36,14 @@ fn add(mut sum: u64, bytes: &[u8]) -> u64 {
     sum
 }
 
-/// Sends [`BULK`] bytes that never repeat; returns their checksum.
+/// Sends `bytes` bytes, whole chunks of 64 KiB, that never repeat; returns their checksum.
 ///
 /// # Errors
 /// The stream ends.
-pub fn send_bulk(stream: &mut impl Write) -> Result<u64> {
+pub fn send_bulk(stream: &mut impl Write, bytes: u64) -> Result<u64> {
     let mut chunk = vec![0; CHUNK];
     let (mut sum, mut word) = (0, 1u64);
-    for _ in 0..BULK / CHUNK as u64 {
+    for _ in 0..bytes / CHUNK as u64 {
         for bytes in chunk.as_chunks_mut::<8>().0 {
             word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
             *bytes = word.to_le_bytes();
@@ -51,14 +54,14 @@ pub fn send_bulk(stream: &mut impl Write) -> Result<u64> {
     Ok(sum)
 }
 
-/// Reads [`BULK`] bytes; returns their checksum.
+/// Reads what [`send_bulk`] sends; returns its checksum.
 ///
 /// # Errors
 /// The stream ends.
-pub fn checksum_reader(stream: &mut impl Read) -> Result<u64> {
+pub fn checksum_reader(stream: &mut impl Read, bytes: u64) -> Result<u64> {
     let mut chunk = vec![0; CHUNK];
     let mut sum = 0;
-    for _ in 0..BULK / CHUNK as u64 {
+    for _ in 0..bytes / CHUNK as u64 {
         stream.read_exact(&mut chunk)?;
         sum = add(sum, &chunk);
     }

@@ -16,8 +16,8 @@ use testkit::daemon::Daemon;
 use testkit::driver::blk::{BlkSlot, RequestType, S_OK, request};
 use testkit::driver::{GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, F_LOG_ALL, F_PROTOCOL_FEATURES, FrontEnd};
+use testkit::loop_device::LoopDevice;
 use testkit::memory::{GuestRam, RamRegion};
-use testkit::skip::skip;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::{virtio_blk as spec, virtio_config, virtio_ring};
 
@@ -44,46 +44,71 @@ fn ask(control: &Path, request: &str) -> String {
     answer
 }
 
-/// A file as a block device, until it is dropped.
-struct Loop(PathBuf);
+/// A block device made for the test.
+trait Device {
+    fn path(&self) -> &Path;
+    /// Bytes of storage that its content takes.
+    fn stored(&self) -> u64;
+}
 
-impl Loop {
-    /// `None`, and the test is skipped, where there are no loop devices.
+/// A loop device, and the file behind it.
+struct Loop {
+    device: LoopDevice,
+    file: PathBuf,
+}
+
+impl Device for Loop {
+    fn path(&self) -> &Path {
+        self.device.path()
+    }
+    fn stored(&self) -> u64 {
+        512 * std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&self.file).unwrap())
+    }
+}
+
+/// A compressed RAM disk with the content of a file, until it is dropped.
+struct Zram {
+    device: PathBuf,
+    sys: PathBuf,
+}
+
+impl Zram {
+    /// `None` where the kernel has none, or does not let us have one more.
     fn of(file: &Path) -> Option<Self> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
-        match output {
-            Ok(output) if output.status.success() => {
-                let name = String::from_utf8(output.stdout).unwrap();
-                Some(Self(PathBuf::from(name.trim())))
-            }
-            Ok(output) => {
-                skip(&format!("no loop device: {}", String::from_utf8_lossy(&output.stderr)));
-                None
-            }
-            Err(error) => {
-                skip(&format!("no losetup: {error}"));
-                None
-            }
-        }
+        let number = fs::read_to_string("/sys/class/zram-control/hot_add").ok()?;
+        let name = format!("zram{}", number.trim());
+        let zram =
+            Self { device: Path::new("/dev").join(&name), sys: Path::new("/sys/block").join(name) };
+        fs::write(zram.sys.join("disksize"), IMAGE_BYTES.to_string()).ok()?;
+        let device = fs::File::options().write(true).open(&zram.device).ok()?;
+        device.write_all_at(&fs::read(file).unwrap(), 0).unwrap();
+        device.sync_all().unwrap();
+        Some(zram)
     }
 }
 
-impl Drop for Loop {
+impl Drop for Zram {
     fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+        let number: String =
+            self.device.to_string_lossy().chars().filter(char::is_ascii_digit).collect();
+        let _ = fs::write(self.sys.join("reset"), "1");
+        let _ = fs::write("/sys/class/zram-control/hot_remove", number);
     }
 }
 
-fn blocks(path: &Path) -> u64 {
-    std::os::unix::fs::MetadataExt::blocks(&fs::metadata(path).unwrap())
+impl Device for Zram {
+    fn path(&self) -> &Path {
+        &self.device
+    }
+    fn stored(&self) -> u64 {
+        let statistics = fs::read_to_string(self.sys.join("mm_stat")).unwrap();
+        statistics.split_ascii_whitespace().next().unwrap().parse().unwrap()
+    }
 }
 
-#[test]
-fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
-    let dir = tempfile::tempdir().unwrap();
-    let file = image(dir.path(), "device.img");
-    let Some(device) = Loop::of(&file) else { return };
-    let daemon = start(dir.path(), &[format!("--blk-file={}", device.0.display())]);
+/// Reads, writes, discards and zeroes on a device with the content of `image`.
+fn whole_device(dir: &Path, device: &dyn Device) {
+    let daemon = start(dir, &[format!("--blk-file={}", device.path().display())]);
     let ram = GuestRam::new(16 << 20).unwrap();
     let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
     let (mut queues, _) = frontend.attach(&ram, &AttachOptions::new(RingFormat::Split)).unwrap();
@@ -92,7 +117,7 @@ fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
     let mut run = |kind, sector, len| request(queue, &slot, (kind, sector, len), TIMEOUT).unwrap();
     let on_device = |sector: u64, len: usize| {
         let mut bytes = vec![0; len];
-        fs::File::open(&device.0).unwrap().read_exact_at(&mut bytes, sector * 512).unwrap();
+        fs::File::open(device.path()).unwrap().read_exact_at(&mut bytes, sector * 512).unwrap();
         bytes
     };
 
@@ -104,11 +129,11 @@ fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
     assert_eq!(run(RequestType::IN, 2048, 4096), S_OK);
     assert!(slot.data(4096) == [0xa5; 4096]);
 
-    let before = blocks(&file);
+    let before = device.stored();
     slot.set_range(8192, 8192, false);
     assert_eq!(run(RequestType::DISCARD, 0, 16), S_OK);
-    let after = blocks(&file);
-    assert!(after + 8192 <= before, "4 MiB were given back: {before} → {after} sectors");
+    let after = device.stored();
+    assert!(after + (4 << 20) <= before, "4 MiB were given back: {before} → {after} bytes");
     for (sector, sectors, unmap) in [(16, 8, false), (20480, 2048, true)] {
         slot.set_range(sector, sectors, unmap);
         assert_eq!(run(RequestType::WRITE_ZEROES, 0, 16), S_OK);
@@ -116,6 +141,19 @@ fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
     }
     assert!(on_device(15, 512).iter().all(|&b| b == 15), "the sector before is untouched");
     assert!(on_device(24, 512).iter().all(|&b| b == 25), "the sector after is untouched");
+}
+
+#[test]
+fn a_whole_block_device_is_read_written_discarded_and_zeroed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = image(dir.path(), "device.img");
+    // Where there is one, it goes the other way: on the worker's thread.
+    if let Some(zram) = Zram::of(&file) {
+        whole_device(dir.path(), &zram);
+    }
+    if let Some(device) = LoopDevice::for_test(&file) {
+        whole_device(dir.path(), &Loop { device, file });
+    }
 }
 
 #[test]

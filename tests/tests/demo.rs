@@ -5,11 +5,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process_group};
 use testkit::toolroot::ToolRoot;
 
 /// A person who presses Ctrl-C waits this long at most; a busy machine is slower than a person's.
@@ -43,24 +44,54 @@ fn demo_shows_all_four_devices_and_cleans_up() {
     assert!(is_empty(dir.path()), "something is left behind");
 }
 
+/// The processes of a group that are left, by name.
+fn processes_of(group: u32) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        // PID (NAME) STATE PARENT GROUP
+        let Some((name, fields)) = stat.rsplit_once(')') else { continue };
+        if fields.split_ascii_whitespace().nth(2) == Some(group.to_string().as_str()) {
+            found.push(name.to_owned());
+        }
+    }
+    found
+}
+
+/// Ctrl-C in a terminal, which every process of the demo gets, after a line of progress has `part`.
+fn interrupt_at(part: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = demo(dir.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let reached = lines.by_ref().any(|line| line.unwrap().contains(part));
+    assert!(reached, "the demo never said {part:?}");
+    let interrupted = Instant::now();
+    kill_process_group(Pid::from_child(&child), Signal::INT).unwrap();
+    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    let status = child.wait().unwrap();
+    assert!(interrupted.elapsed() < LEAVES_WITHIN, "{part}: {:?}", interrupted.elapsed());
+    assert_eq!(status.code(), Some(1), "{part}: {rest:?}");
+    assert!(rest.iter().any(|line| line.starts_with("error: interrupted")), "{part}: {rest:?}");
+    assert!(is_empty(dir.path()), "{part}: something is left behind");
+    assert_eq!(processes_of(child.id()), [""; 0], "{part}: processes are left behind");
+    let mounts = fs::read_to_string("/proc/mounts").unwrap();
+    assert!(!mounts.contains(dir.path().to_str().unwrap()), "{part}: {mounts}");
+}
+
 #[test]
 fn demo_leaves_nothing_behind_when_it_is_interrupted() {
     if ToolRoot::for_test().is_none() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let mut child = demo(dir.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let up = lines.by_ref().any(|line| line.unwrap().contains("the guest is up"));
-    assert!(up, "the guest never came up");
-    let interrupted = Instant::now();
-    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    let rest: Vec<String> = lines.map_while(Result::ok).collect();
-    let status = child.wait().unwrap();
-    assert!(interrupted.elapsed() < LEAVES_WITHIN, "{:?}", interrupted.elapsed());
-    assert_eq!(status.code(), Some(1));
-    assert!(rest.iter().any(|line| line.starts_with("error: interrupted")), "{rest:?}");
-    assert!(is_empty(dir.path()), "something is left behind");
+    // The daemons start, the guest boots, it is up, it works.
+    for part in ["virtiofsd: ", "booting", "the guest is up", "fio: writes the disk"] {
+        interrupt_at(part);
+    }
 }
 
 #[test]

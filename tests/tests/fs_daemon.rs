@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use testkit::daemon::{Daemon, bin};
-use testkit::driver::fs::{FsClient, Message, op};
+use testkit::driver::fs::{FsClient, Message, Size, op};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 /// `F_RDLCK` and `F_WRLCK` of a lock request, and the flag that makes it a BSD lock.
@@ -71,6 +72,27 @@ fn shell(line: &str, listener: Option<&UnixListener>) -> Command {
 }
 
 /// The line of Kata's Go runtime, word for word: a listening socket as descriptor 3, the system log.
+#[test]
+fn a_daemon_that_is_told_to_leave_while_it_starts_leaves() {
+    let (dir, shared) = shared_dir();
+    // Over all of a start: before, during and after it becomes process 1 of its namespaces.
+    for delay in (0..40).map(|step| Duration::from_micros(250 * step)) {
+        let mut daemon = Command::new(bin("virtiofsd").unwrap())
+            .arg(format!("--socket-path={}", dir.path().join("early.sock").display()))
+            .arg(format!("--shared-dir={}", shared.display()))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        kill_process(Pid::from_child(&daemon), Signal::TERM).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while daemon.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "SIGTERM after {delay:?} was lost");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 #[test]
 fn kata_starts_it_with_a_listening_descriptor() {
     if !rustix::process::geteuid().is_root() {
@@ -361,6 +383,74 @@ fn fsyncs_come_back_from_the_slow_threads() {
         }
         seen.sort_unstable();
         assert_eq!(seen, [1, 2, 3]);
+    }
+}
+
+#[test]
+fn a_slow_request_does_not_hold_up_its_queue() {
+    const FALLOCATE: u32 = 43;
+    const BYTES: u64 = 256 << 20;
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::create_dir(dir.path().join("shared")).unwrap();
+    fs::write(dir.path().join("shared/file"), "contents").unwrap();
+    let daemon = serve(dir.path(), "s", &[]);
+    let mut guest = FsClient::start(daemon.socket(), 1, 4).unwrap();
+    let inode = guest.lookup(1, "file").unwrap();
+    let handle = guest.open(inode, libc::O_RDWR).unwrap();
+    // Giving a file 256 MiB of memory takes tens of milliseconds. A machine that is busy elsewhere may
+    // not run the queue's worker meanwhile: it gets more chances.
+    let overtaken = (0..5).any(|_| {
+        let slow = Message::new(FALLOCATE, inode, &[handle, 0, BYTES, 0]);
+        guest.add(1, 1, &slow).unwrap();
+        let getattr = Message::new(op::GETATTR, inode, &[0u64; 2]);
+        guest.add(1, 2, &getattr).unwrap();
+        guest.queues[1].kick();
+        let order: Vec<u64> = (0..2)
+            .map(|_| {
+                let used = guest.queues[1].wait(PATIENCE).unwrap();
+                let slot = usize::try_from(used.cookie).unwrap();
+                assert_eq!(guest.answer(slot, used.len).unwrap().errno, 0);
+                used.cookie
+            })
+            .collect();
+        fs::File::options()
+            .write(true)
+            .open(dir.path().join("shared/file"))
+            .and_then(|file| file.set_len(0))
+            .unwrap();
+        order == [2, 1]
+    });
+    assert!(overtaken, "GETATTR waited for FALLOCATE each time");
+}
+
+/// Neighbouring pages exchanged: no page of a request then follows the one before it in memory.
+fn exchanged(bytes: &[u8]) -> Vec<u8> {
+    bytes.chunks(8192).flat_map(|pair| [&pair[4096..], &pair[..4096]].concat()).collect()
+}
+
+#[test]
+fn requests_are_as_large_as_the_ring_allows() {
+    // Linux keeps four of a ring's entries for headers.
+    const PAGES: u32 = 1024 - 4;
+    const BYTES: u32 = PAGES * 4096;
+    let (dir, shared) = shared_dir();
+    let daemon = serve(dir.path(), "s", &[]);
+    for scattered in [false, true] {
+        let size = Size { ring: 1024, data: 4 << 20, scattered, ..Size::new(1, 1) };
+        let mut guest = FsClient::start_sized(daemon.socket(), size).unwrap();
+        assert!(guest.max_write >= BYTES && u32::from(guest.max_pages) >= PAGES);
+        let inode = guest.lookup(1, "file").unwrap();
+        let handle = guest.open(inode, libc::O_RDWR).unwrap();
+        let contents: Vec<u8> = (0..BYTES).map(|i| (i / 4096 + i % 251).to_le_bytes()[0]).collect();
+        let in_memory = if scattered { exchanged(&contents) } else { contents.clone() };
+        let (from, to) = guest.data_at(0);
+        guest.ram().write(from, &in_memory);
+        let written = guest.call(Message::write(inode, handle, 0, BYTES)).unwrap();
+        assert_eq!(written.get::<u32>().unwrap(), BYTES);
+        assert!(fs::read(shared.join("file")).unwrap() == contents, "what was written");
+        let read = guest.call(Message::read(inode, handle, 0, BYTES)).unwrap();
+        assert_eq!((read.errno, read.len), (0, BYTES + 16));
+        assert!(guest.ram().bytes(to, in_memory.len()) == in_memory, "what was read");
     }
 }
 

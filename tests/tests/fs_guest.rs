@@ -26,7 +26,10 @@ struct Share {
 
 impl Share {
     fn new(arguments: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::in_dir(tempfile::tempdir().unwrap(), arguments)
+    }
+
+    fn in_dir(dir: tempfile::TempDir, arguments: &[&str]) -> Self {
         let shared = dir.path().join("shared");
         fs::create_dir(&shared).unwrap();
         fs::write(shared.join("from-host"), "hello from the host\n").unwrap();
@@ -80,4 +83,51 @@ fn qemu_mounts_reads_and_writes_on_four_queues() {
     let result = guest.run(&Job::named("fs-basic").unwrap(), EMULATED_TIMEOUT).unwrap();
     result.expect_success();
     expect_basics(&share, result.value("sum"));
+}
+
+/// `OUTBOARD_MANY_FILES` says how many files (default 20,000). With a million it takes some minutes, and
+/// 6 GiB of memory.
+#[test]
+fn a_guest_that_knows_many_files_costs_little() {
+    const EACH: u64 = 10_000;
+    let Some(root) = ToolRoot::for_test() else { return };
+    let count = std::env::var("OUTBOARD_MANY_FILES");
+    let files: u64 = count.map_or(2 * EACH, |count| count.parse().unwrap());
+    let share = Share::in_dir(tempfile::tempdir_in("/dev/shm").unwrap(), &[]);
+    for file in 0..files {
+        let dir = share.path(&format!("many/{}", file / EACH));
+        if file % EACH == 0 {
+            fs::create_dir_all(&dir).unwrap();
+        }
+        fs::write(dir.join(file.to_string()), "").unwrap();
+    }
+    // What the guest's kernel knows of a file takes about 1.5 KiB there.
+    let memory_mib = u32::try_from(256 + files * 3 / 1024).unwrap();
+    let job = Job::from_script(
+        "mkdir /mnt/shared\n\
+         mount -t virtiofs shared /mnt/shared\n\
+         cd /mnt/shared\n\
+         start=$(date +%s)\n\
+         echo \"result files $(ls -lR many | grep -c '^-')\"\n\
+         echo \"result seconds $(($(date +%s) - start))\"\n\
+         echo ready-for-host\n\
+         while [ ! -e host-is-done ]; do sleep 0.1; done\n",
+    );
+    let before = share.daemon.private_bytes().unwrap();
+    let guest = share.uml(root).memory_mib(memory_mib);
+    let patience = TIMEOUT + Duration::from_millis(files);
+    let mut running = guest.start(&job).unwrap();
+    running.wait_for("ready-for-host", patience).unwrap();
+    let grown = share.daemon.private_bytes().unwrap().saturating_sub(before);
+    let fds = share.daemon.open_fds().unwrap();
+    fs::write(share.path("host-is-done"), "").unwrap();
+    let result = running.wait(TIMEOUT).unwrap();
+    result.expect_success();
+    let bytes_each = grown / files;
+    let seconds = result.value("seconds").unwrap_or("?");
+    println!("{files} files: {bytes_each} bytes each, {fds} descriptors, listed in {seconds} s");
+    assert_eq!(result.value("files"), Some(files.to_string().as_str()));
+    // The session itself takes some memory too, whatever the number of files.
+    assert!(grown < 250 * files + (2 << 20), "{bytes_each} bytes an inode");
+    assert!(fds < 4096, "{fds} descriptors");
 }

@@ -1,5 +1,8 @@
 //! A bounded, deterministic run of the fuzz targets: a simple mutator over a few seeds. Not a
 //! substitute for fuzzing, but no change that breaks a parser at once gets past it.
+//!
+//! `OUTBOARD_FUZZ_RUNS=1000000 ./x test fuzz_smoke` makes it long; `OUTBOARD_FUZZ_SEED=N` makes it another
+//! run. A failing one shows its input.
 
 #[path = "../../fuzz/entries.rs"]
 mod entries;
@@ -8,7 +11,7 @@ use std::time::{Duration, Instant};
 
 /// Time for each target at the most, and runs at the least.
 const TIME: Duration = Duration::from_millis(800);
-const RUNS: u32 = 40;
+const RUNS: u64 = 40;
 
 struct Dice(u64);
 
@@ -52,19 +55,43 @@ impl Dice {
     }
 }
 
+/// A number of the environment.
+fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is no number")))
+}
+
+/// Shows the input that was worked on when a panic unwinds past it.
+struct Input<'a>(&'a [u8]);
+
+impl Drop for Input<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the input was {:?}", self.0);
+        }
+    }
+}
+
 fn smoke(name: &str) {
     let entry = entries::ENTRIES.iter().find(|e| e.0 == name).map(|e| e.1);
     let run = entry.unwrap_or_else(|| panic!("there is no fuzz target {name}"));
-    let mut dice = Dice(0x5851_f42d_4c95_7f2d);
-    let end = Instant::now() + TIME;
+    let seed = number("OUTBOARD_FUZZ_SEED").unwrap_or(0);
+    let mut dice = Dice(0x5851_f42d_4c95_7f2d ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let (least, time) = match number("OUTBOARD_FUZZ_RUNS") {
+        Some(runs) => (runs, Duration::ZERO),
+        None => (RUNS, TIME),
+    };
+    let end = Instant::now() + time;
     let mut pool: Vec<Vec<u8>> =
         (0..16).map(|n| (0..n * 16).map(|_| dice.byte()).collect()).collect();
     let mut runs = 0;
-    while runs < RUNS || Instant::now() < end {
+    while runs < least || Instant::now() < end {
         let from = dice.roll(pool.len());
         let mut data = pool[from].clone();
         dice.mutate(&mut data);
-        run(&data);
+        let input = Input(&data);
+        run(input.0);
+        drop(input);
         let to = dice.roll(pool.len());
         pool[to] = data;
         runs += 1;

@@ -5,14 +5,17 @@
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use testkit::daemon::{Daemon, bin};
 use testkit::driver::RingFormat;
 use testkit::driver::blk::{BlkSlot, RequestType, S_OK, request};
 use testkit::driver::fs::{FsClient, Message};
+use testkit::driver::vsock::{GuestStream, VsockGuest, VsockOptions, op};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::memory::GuestRam;
+use testkit::vsock_host::read_ok;
 
 const LONG: Duration = Duration::from_secs(20);
 
@@ -111,6 +114,51 @@ fn a_newer_file_daemon_takes_over_with_open_files() {
     }
     assert_eq!(again.unwrap(), open[0].0, "the node id is the same");
     assert!(fresh.is_ok());
+}
+
+/// Connections are the process's own and end; the guest is told, and its listeners stay.
+#[test]
+fn a_newer_socket_proxy_takes_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = dir.path().join("host");
+    let socket = dir.path().join("vmm");
+    let arguments = [
+        format!("--uds-path={}", host.display()),
+        format!("--handover-socket={}", dir.path().join("handover").display()),
+    ];
+    let mut old = Daemon::start("vsock-proxy", &socket, &arguments).unwrap();
+    let mut guest = VsockGuest::start(&socket, VsockOptions::default()).unwrap();
+    guest.give_event().unwrap();
+    let ask = || {
+        let mut stream = UnixStream::connect(&host).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.write_all(b"CONNECT 80\n").unwrap();
+        stream
+    };
+    let mut stream = ask();
+    let request = guest.expect(op::REQUEST).unwrap();
+    GuestStream::accept(&mut guest, &request).unwrap();
+    read_ok(&mut stream).unwrap();
+
+    let mut new = std::process::Command::new(bin("vsock-proxy").unwrap())
+        .arg(format!("--socket-path={}", socket.display()))
+        .args(&arguments)
+        .spawn()
+        .unwrap();
+    let left = has_left(&mut old);
+    let event = guest.event(LONG);
+    let ended = stream.read(&mut [0; 1]);
+    // The guest begins anew on the same queues.
+    let mut again = ask();
+    let request = guest.expect(op::REQUEST);
+    let accepted = request.and_then(|request| GuestStream::accept(&mut guest, &request));
+    let said = read_ok(&mut again);
+    let _ = new.kill();
+    let _ = new.wait();
+    assert!(left, "the old daemon still runs:\n{}", old.log());
+    assert_eq!(event.unwrap(), 0, "TRANSPORT_RESET");
+    assert_eq!(ended.unwrap(), 0);
+    assert!(accepted.is_ok() && said.is_ok(), "{accepted:?} {said:?}");
 }
 
 /// Saves the state of one daemon and loads it into another one, as a migration does.

@@ -17,7 +17,7 @@ const FILE_LINES: usize = 800;
 /// Longest `main.rs`: it only shows the start-up.
 const MAIN_LINES: usize = 60;
 /// The hosts a reader may be sent to: specifications, documentation and source.
-const HOSTS: [&str; 14] = [
+const HOSTS: [&str; 15] = [
     "crates.io",
     "docs.kernel.org",
     "docs.oasis-open.org",
@@ -29,6 +29,7 @@ const HOSTS: [&str; 14] = [
     "keepachangelog.com",
     "man7.org",
     "semver.org",
+    "sh.rustup.rs",
     "www.kernel.org",
     "www.qemu.org",
     "www.w3.org",
@@ -97,6 +98,21 @@ fn files_are_short() {
         let lines = text.lines().count();
         if lines > most {
             broken.push(format!("{}: {lines} lines, {most} at most", path.display()));
+        }
+    }
+    none(&broken);
+}
+
+#[test]
+fn no_merge_is_half_done() {
+    // Not spelt out: this file is read too.
+    let marks = ["<", "|", ">"].map(|mark| mark.repeat(7) + " ");
+    let mut broken = Vec::new();
+    for (path, text) in files() {
+        for (number, line) in text.lines().enumerate() {
+            if marks.iter().any(|mark| line.starts_with(mark.as_str())) || line == "=".repeat(7) {
+                broken.push(format!("{}:{}: a merge's mark", path.display(), number + 1));
+            }
         }
     }
     none(&broken);

@@ -9,11 +9,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use testkit::daemon::{self, Daemon};
-use testkit::driver::{Buffer, GuestQueue, IN_ORDER, RingFormat};
+use testkit::driver::{Buffer, GuestQueue, IN_ORDER, RingFormat, wait_readable};
 use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::link_socket::LinkSocket;
 use testkit::memory::GuestRam;
 use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
@@ -26,6 +27,8 @@ const MY_IP: [u8; 4] = [10, 9, 0, 2];
 /// Bytes of each receive buffer.
 const BUFFER: u32 = 1600;
 const HEADER: usize = 12;
+/// Entries of each ring of the test of fairness.
+const FLOOD_RING: u16 = 512;
 
 /// A running device on a tap with one attached guest.
 struct Bench {
@@ -51,6 +54,15 @@ fn start(namespace: &NetNs, dir: &tempfile::TempDir, arguments: &[&str]) -> (Dae
 }
 
 fn bench(format: RingFormat, features: u64, arguments: &[&str]) -> Option<Bench> {
+    bench_with(format, features, AttachOptions::new(format).queue_size, arguments)
+}
+
+fn bench_with(
+    format: RingFormat,
+    features: u64,
+    queue_size: u16,
+    arguments: &[&str],
+) -> Option<Bench> {
     let root = ToolRoot::for_test()?;
     let namespace = NetNs::for_test(root)?;
     let dir = tempfile::tempdir().unwrap();
@@ -59,7 +71,7 @@ fn bench(format: RingFormat, features: u64, arguments: &[&str]) -> Option<Bench>
     let ram = GuestRam::new(16 << 20).unwrap();
     let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
     // Without MQ the control queue is queue 2.
-    let options = AttachOptions { features, queues: 3, ..AttachOptions::new(format) };
+    let options = AttachOptions { features, queues: 3, queue_size, ..AttachOptions::new(format) };
     let (queues, _) = frontend.attach(&ram, &options).unwrap();
     let out = ram.alloc(1 << 17, 4096).unwrap();
     let mut bench = Bench { frontend, ram, queues, out, metrics, namespace, daemon, dir };
@@ -281,6 +293,8 @@ fn every_control_command_is_answered() {
             &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
             &[5, 0, 0x82, 1, 0, 0, 0, 0, 0, 0],
             &[1, 1, 2, 0, 0, 0, 0, 9],
+            &[6, 0, 64, 0, 0, 0, 100, 0, 0, 0],
+            &[6, 1, 0, 0, 0, 0, 0, 0, 0, 0],
         ];
         for command in right {
             assert_eq!(b.control(command), Some(0), "{command:?}");
@@ -331,13 +345,50 @@ fn forged_sources_are_dropped_and_counted() {
 #[test]
 fn limits_slow_a_sender_down() {
     let Some(mut b) = bench(RingFormat::Split, NO_MQ, &["--tx-packets", "100:1"]) else { return };
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     for _ in 0..30 {
         b.send([0; HEADER], &arp_request(ME, MY_IP));
     }
     let took = start.elapsed();
     assert!(took > Duration::from_millis(250), "{took:?}");
     assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+/// The driver always has frames to send and the host always has some for it: neither direction may get
+/// less than half of what the other one gets. One thread offers both, so that no scheduler takes part;
+/// a round of it hands the device more frames of both kinds than it moves meanwhile.
+#[test]
+fn a_flood_one_way_does_not_starve_the_other() {
+    for format in RingFormat::ALL {
+        let Some(mut b) = bench_with(format, NO_MQ, FLOOD_RING, &[]) else { return };
+        b.expect_arp();
+        for _ in 64..FLOOD_RING {
+            b.give_buffer();
+        }
+        let frame = [&ME[..], &[2, 0, 0, 0, 0, 1], &[0x88, 0xb5], &[0; 46]].concat();
+        b.ram.write(b.out, &[&[0; HEADER][..], &frame].concat());
+        let socket = b.namespace.run(|| LinkSocket::sender("tap0").unwrap()).unwrap();
+        let (mut sent, mut received, mut unfilled) = (0u64, 0u64, 0u64);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(1) {
+            // Until the tap refuses: it is full whenever the device looks.
+            unfilled += u64::from((0..64).all(|_| socket.send_copies(&frame, 64) == 64));
+            while b.queues[1].used().is_some() {
+                sent += 1;
+            }
+            while b.queues[1].add(&[Buffer::readable(b.out, 72)], 0) {}
+            b.queues[1].kick();
+            while let Some(used) = b.queues[0].used() {
+                assert!(b.queues[0].add(&[Buffer::writable(used.cookie, BUFFER)], used.cookie));
+                received += 1;
+            }
+            b.queues[0].kick();
+        }
+        eprintln!("{format:?}: {sent} sent, {received} received; tap not filled {unfilled} times");
+        assert!(sent > 1000 && received > 1000, "{sent} sent, {received} received");
+        assert!(sent <= 2 * received, "{sent} sent starve {received} received");
+        assert!(received <= 2 * sent, "{received} received starve {sent} sent");
+    }
 }
 
 #[test]
@@ -391,4 +442,83 @@ fn a_client_dials_until_somebody_listens_and_again() {
     }
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// A newer daemon takes over: same connection, same rings, same tap, and what control commands set.
+#[test]
+fn a_newer_daemon_takes_over_with_the_tap() {
+    let handover = tempfile::tempdir().unwrap();
+    let option = format!("--handover-socket={}", handover.path().join("h").display());
+    for format in RingFormat::ALL {
+        let Some(mut b) = bench(format, NO_MQ, &[&option]) else { return };
+        b.expect_arp();
+        assert_eq!(b.control(&[0, 0, 0]), Some(0));
+        assert_eq!(b.control(&[1, 1, 2, 0, 0, 0, 0, 9]), Some(0));
+        let (socket, metrics) = (b.dir.path().join("net.sock"), b.dir.path().join("metrics2.sock"));
+        let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+        command.arg("--socket-path").arg(&socket).arg("--metrics-socket").arg(&metrics);
+        command.args(["--tap", "tap0", &option]);
+        b.namespace.enter(&mut command);
+        let mut next = command.spawn().unwrap();
+        let start = Instant::now();
+        while b.daemon.is_running() {
+            assert!(start.elapsed() < TIMEOUT, "{}", b.daemon.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        // The tap is the same one: its address is still there, and so is the driver's filter.
+        b.metrics = metrics;
+        for _ in 0..50 {
+            b.expect_arp();
+        }
+        let root = ToolRoot::for_test().unwrap();
+        b.namespace.ip(root, "neighbour add 10.9.0.77 lladdr 02:00:00:00:00:77 dev tap0").unwrap();
+        let socket = b.namespace.run(|| UdpSocket::bind("10.9.0.1:0").unwrap()).unwrap();
+        socket.send_to(b"not for you", "10.9.0.77:77").unwrap();
+        b.expect_arp();
+        assert!(b.metric("net_rx_filtered_total") >= 1);
+        next.kill().unwrap();
+        next.wait().unwrap();
+    }
+}
+
+/// VIRTIO_NET_F_NOTF_COAL: used entries are there at once, the interrupt comes when the driver said.
+#[test]
+fn interrupts_are_held_back_as_the_driver_wishes() {
+    for format in RingFormat::ALL {
+        let Some(mut b) = bench(format, NO_MQ, &[]) else { return };
+        b.expect_arp();
+        // TX: after 4 frames or 300 ms.
+        assert_eq!(b.control(&[6, 0, 4, 0, 0, 0, 0xe0, 0x93, 4, 0]), Some(0));
+        let frame = arp_request(ME, MY_IP);
+        b.ram.write(b.out, &[&[0; HEADER][..], &frame].concat());
+        let send = |b: &mut Bench| {
+            b.queues[1].enable_interrupts();
+            assert!(b.queues[1].add(&[Buffer::readable(b.out, 72)], 0));
+            b.queues[1].kick();
+        };
+        let start = Instant::now();
+        send(&mut b);
+        assert!(b.queues[1].poll_used(TIMEOUT).is_ok());
+        assert!(start.elapsed() < Duration::from_millis(250), "not shown at once");
+        let rang = wait_readable(b.queues[1].call_fd(), TIMEOUT).unwrap();
+        let took = start.elapsed();
+        assert!(rang && took > Duration::from_millis(280), "interrupted after {took:?}");
+        assert!(took < Duration::from_secs(3), "interrupted after {took:?}");
+        b.queues[1].call_fd().drain();
+        // The fourth frame rings at once.
+        let start = Instant::now();
+        for _ in 0..4 {
+            send(&mut b);
+            assert!(b.queues[1].poll_used(TIMEOUT).is_ok());
+        }
+        assert!(wait_readable(b.queues[1].call_fd(), TIMEOUT).unwrap());
+        assert!(start.elapsed() < Duration::from_millis(280), "{:?}", start.elapsed());
+        b.queues[1].call_fd().drain();
+        // Both zero: as before.
+        assert_eq!(b.control(&[6, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Some(0));
+        let start = Instant::now();
+        send(&mut b);
+        assert!(wait_readable(b.queues[1].call_fd(), TIMEOUT).unwrap());
+        assert!(start.elapsed() < Duration::from_millis(280), "{:?}", start.elapsed());
+    }
 }

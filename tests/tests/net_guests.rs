@@ -2,17 +2,20 @@
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use testkit::daemon::{self, Daemon};
+use testkit::daemon::{self, Daemon, ask};
 use testkit::guests::qemu::QemuGuest;
 use testkit::guests::uml::UmlGuest;
 use testkit::guests::{GuestResult, Job, VirtioId};
 use testkit::netns::NetNs;
+use testkit::pcap::{self, Checksum};
 use testkit::service::Service;
 use testkit::toolroot::ToolRoot;
+use vhost_user_net::sys::{attach_tap, open_tap_device};
 
 /// Far above what a boot takes, so that only a hang reaches it.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -38,14 +41,33 @@ for direction in upload download; do
 done
 "#;
 
-/// The daemon on a tap that it makes in `namespace`, with the host's end of the network set up.
-fn tap_daemon(root: &ToolRoot, namespace: &NetNs, dir: &Path, arguments: &[&str]) -> Daemon {
+/// The guest's part where it is enough that traffic goes both ways: an address, pings, TCP.
+const EXCHANGE: &str = r#"
+ip link set eth0 up
+ip address add 10.9.0.2/24 dev eth0
+ping -c 2 -i 0.2 -W 3 10.9.0.1
+for option in "" -R; do
+    iperf3 -c 10.9.0.1 -n 20M -f m $option >/tmp/report
+    rate=$(awk '/receiver/ { print $7 }' /tmp/report)
+    [ "${rate%.*}" -gt 0 ]
+done
+"#;
+
+/// The daemon, in `namespace` if there is one.
+fn start(namespace: Option<&NetNs>, dir: &Path, arguments: &[&str]) -> Daemon {
     let socket = dir.join("net.sock");
     let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
-    command.arg("--socket-path").arg(&socket).args(["--tap", "tap0"]).args(arguments);
-    namespace.enter(&mut command);
-    let daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
-    namespace.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();
+    command.arg("--socket-path").arg(&socket).args(arguments);
+    if let Some(namespace) = namespace {
+        namespace.enter(&mut command);
+    }
+    Daemon::start_command("vhost-user-net", command, &socket).unwrap()
+}
+
+/// The daemon on a tap that it makes in `namespace`, with the host's end of the network set up.
+fn tap_daemon(root: &ToolRoot, namespace: &NetNs, dir: &Path, arguments: &[&str]) -> Daemon {
+    let daemon = start(Some(namespace), dir, &[&["--tap", "tap0"], arguments].concat());
+    namespace.ip(root, "address replace 10.9.0.1/24 dev tap0").unwrap();
     daemon
 }
 
@@ -112,4 +134,218 @@ fn qemu_with_two_queue_pairs_on_a_tap() {
     let result = guest.run(&job, EMULATED_TIMEOUT).unwrap();
     eprintln!("{}", daemon.log());
     expect_rates(&result, 20.0);
+}
+
+/// A guest on `daemon` exchanges data with 10.9.0.1 in `host`.
+fn exchange(root: &'static ToolRoot, host: &NetNs, dir: &Path, daemon: &Daemon) {
+    let _server = iperf_server(root, host, dir);
+    let guest = UmlGuest::new(root).device(daemon.socket(), VirtioId::Net);
+    guest.run(&Job::from_script(EXCHANGE), TIMEOUT).unwrap().expect_success();
+}
+
+/// A pod's name space as a bridge plug-in of CNI leaves it, but for the bridge: `eth0` with an address
+/// and a default route, and its peer on the host with the gateway's address.
+fn pod(root: &ToolRoot, host: &NetNs) -> Option<NetNs> {
+    let pod = NetNs::for_test(root)?;
+    host.ip(root, "link add veth0 type veth peer name eth0").unwrap();
+    host.ip(root, &format!("link set eth0 netns {}", pod.path().display())).unwrap();
+    host.ip(root, "address add 10.9.0.1/24 dev veth0").unwrap();
+    host.ip(root, "link set veth0 up").unwrap();
+    for line in
+        ["link set eth0 up", "address add 10.9.0.2/24 dev eth0", "route add default via 10.9.0.1"]
+    {
+        pod.ip(root, line).unwrap();
+    }
+    Some(pod)
+}
+
+#[test]
+fn uml_in_a_pods_name_space_uses_its_veth() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(host) = NetNs::for_test(root) else { return };
+    let Some(pod) = pod(root, &host) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let daemon =
+        start(None, dir.path(), &["--packet", "eth0", "--netns", pod.path().to_str().unwrap()]);
+    // The guest has the pod's addresses now.
+    pod.ip(root, "address flush dev eth0").unwrap();
+    exchange(root, &host, dir.path(), &daemon);
+}
+
+#[test]
+fn uml_on_a_tap_in_a_name_space_given_by_path() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(pod) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let daemon =
+        start(None, dir.path(), &["--tap", "tap0", "--netns", pod.path().to_str().unwrap()]);
+    pod.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();
+    exchange(root, &pod, dir.path(), &daemon);
+}
+
+#[test]
+fn uml_on_a_macvtap() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    // Device files are named by index, for all name spaces alike.
+    let index = 1_000_000 + std::process::id();
+    for line in [
+        "link add up0 type veth peer name up1",
+        "link set up0 up",
+        "link set up1 up",
+        "address add 10.9.0.1/24 dev up1",
+        &format!("link add link up0 name mv0 index {index} type macvtap mode bridge"),
+        "link set mv0 up",
+    ] {
+        namespace.ip(root, line).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = format!("/dev/tap{index}");
+    let daemon = start(Some(&namespace), dir.path(), &["--macvtap", &device]);
+    exchange(root, &namespace, dir.path(), &daemon);
+}
+
+#[test]
+fn uml_on_a_tap_given_as_a_descriptor() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let tap = namespace.run(|| {
+        let fd = open_tap_device(Path::new("/dev/net/tun")).unwrap();
+        attach_tap(fd.as_fd(), Some(&"tap0".parse().unwrap()), false).unwrap();
+        fd
+    });
+    let tap = tap.unwrap();
+    rustix::io::fcntl_setfd(&tap, rustix::io::FdFlags::empty()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let fd = tap.as_raw_fd().to_string();
+    let daemon = start(Some(&namespace), dir.path(), &["--tap-fd", &fd]);
+    namespace.ip(root, "address add 10.9.0.1/24 dev tap0").unwrap();
+    namespace.ip(root, "link set tap0 up").unwrap();
+    drop(tap);
+    exchange(root, &namespace, dir.path(), &daemon);
+}
+
+#[test]
+fn every_checksum_on_the_wire_is_right_or_rightly_partial() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("all.pcap");
+    let capture = ["--pcap", file.to_str().unwrap(), "--pcap-size", "1G"];
+    let daemon = tap_daemon(root, &namespace, dir.path(), &capture);
+    exchange(root, &namespace, dir.path(), &daemon);
+    let (mut right, mut partial, mut bytes) = (0, 0, 0);
+    for frame in pcap::frames(&file).unwrap() {
+        bytes += frame.len();
+        match pcap::checksum(&frame) {
+            Checksum::Right => right += 1,
+            Checksum::Partial => partial += 1,
+            Checksum::None => {}
+            Checksum::Wrong => panic!("{:02x?}", &frame[..frame.len().min(100)]),
+        }
+    }
+    eprintln!("{right} complete and {partial} partial checksums, {bytes} bytes");
+    // Pings are complete; TCP is left to the other side.
+    assert!(right >= 4 && partial >= 100 && bytes > 40_000_000);
+}
+
+/// Waits for what the host does to its cable, and starts its driver anew to see the MTU.
+const CHANGES: &str = r#"
+ip link set eth0 up
+ip address add 10.9.0.2/24 dev eth0
+carrier() { until [ "$(cat /sys/class/net/eth0/carrier)" = "$1" ]; do sleep 0.01; done; }
+carrier 1
+echo "result mtu_before $(cat /sys/class/net/eth0/mtu)"
+echo "state up"
+carrier 0
+echo "state down"
+carrier 1
+ping -c 2 -i 0.2 -W 3 10.9.0.1
+device=$(basename "$(readlink /sys/class/net/eth0/device)")
+echo "$device" >/sys/bus/virtio/drivers/virtio_net/unbind
+echo "$device" >/sys/bus/virtio/drivers/virtio_net/bind
+ip link set eth0 up
+echo "result mtu_after $(cat /sys/class/net/eth0/mtu)"
+ip address add 10.9.0.2/24 dev eth0
+ping -c 2 -i 0.2 -W 3 -s 8000 10.9.0.1
+"#;
+
+#[test]
+fn a_guest_sees_its_cable_and_its_mtu_change() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("control");
+    let option = ["--control-socket", control.to_str().unwrap()];
+    let daemon = tap_daemon(root, &namespace, dir.path(), &option);
+    let guest = UmlGuest::new(root).device(daemon.socket(), VirtioId::Net);
+    let mut guest = guest.start(&Job::from_script(CHANGES)).unwrap();
+    guest.wait_for("state up", TIMEOUT).unwrap();
+    assert!(ask(&control, r#"{"link": false}"#).contains(r#""link":false"#));
+    guest.wait_for("state down", TIMEOUT).unwrap();
+    assert!(ask(&control, r#"{"mtu": 9000}"#).contains(r#""mtu":9000"#));
+    assert!(ask(&control, r#"{"link": true}"#).contains(r#""link":true"#));
+    let result = guest.wait(TIMEOUT).unwrap();
+    result.expect_success();
+    assert_eq!(result.value("mtu_before"), Some("1500"));
+    assert_eq!(result.value("mtu_after"), Some("9000"));
+}
+
+/// One connection that lasts while the daemon dies, and then proof that both pairs were used.
+const SURVIVE: &str = r#"
+ip link set eth0 up
+ip address add 10.9.0.2/24 dev eth0
+until ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done
+echo "state connected"
+iperf3 -c 10.9.0.1 -P 8 -t 8 -f m >/tmp/report
+echo "result mbit $(awk '/SUM.*receiver/ { print $6 }' /tmp/report)"
+"#;
+
+#[test]
+fn qemu_keeps_its_connections_when_the_daemon_is_killed() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    // An interface that stays when the daemon does not.
+    namespace.ip(root, "tuntap add dev tap0 mode tap multi_queue").unwrap();
+    let metrics = dir.path().join("metrics");
+    let arguments = ["--queue-pairs", "2", "--metrics-socket", metrics.to_str().unwrap()];
+    let mut first = tap_daemon(root, &namespace, dir.path(), &arguments);
+    let _server = iperf_server(root, &namespace, dir.path());
+    let guest = QemuGuest::new(root).network(first.socket(), 2).reconnect_ms(100);
+    let job = Job::from_script(SURVIVE)
+        .tool("/usr/bin/iperf3")
+        .tool("/usr/lib/x86_64-linux-gnu/libgcc_s.so.1");
+    let mut guest = guest.start(&job).unwrap();
+    guest.wait_for("state connected", EMULATED_TIMEOUT).unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    first.kill().unwrap();
+    let killed = Instant::now();
+    let second = tap_daemon(root, &namespace, dir.path(), &arguments);
+    eprintln!("another daemon after {:?}", killed.elapsed());
+    let result = guest.wait(EMULATED_TIMEOUT).unwrap();
+    eprintln!("{}", second.log());
+    result.expect_success();
+    let rate: f64 = result.value("mbit").unwrap().parse().unwrap();
+    assert!(rate > 10.0, "{rate} Mbit/s");
+    // Frames of both transmit queues and both receive queues, through the second daemon.
+    let used = used_queues(&metrics);
+    assert_eq!(used, ["0", "1", "2", "3"], "queues used");
+}
+
+/// Queues that frames went through.
+fn used_queues(metrics: &Path) -> Vec<String> {
+    use std::io::Read;
+    let mut text = String::new();
+    let mut socket = std::os::unix::net::UnixStream::connect(metrics).unwrap();
+    socket.read_to_string(&mut text).unwrap();
+    let frames = |line: &&str| {
+        let counter =
+            line.contains("net_tx_frames_total{") || line.contains("net_rx_frames_total{");
+        counter && !line.ends_with(" 0")
+    };
+    let queue = |line: &str| Some(line.split_once("queue=\"")?.1.split_once('"')?.0.to_owned());
+    let mut queues: Vec<String> = text.lines().filter(frames).filter_map(queue).collect();
+    queues.sort();
+    queues
 }

@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use testkit::daemon::{self, Daemon};
+use testkit::daemon::{self, Daemon, ask};
 use testkit::frontend::FrontEnd;
 use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
@@ -37,6 +35,7 @@ fn mistakes_end_in_one_sentence_and_code_1() {
         (&["--tap", "t1", "--netns", "/dev/null"], "/dev/null"),
         (&["--macvtap", "/dev/tap4711"], "/dev/tap4711"),
         (&["--packet", "eth77"], "eth77"),
+        (&["--user", "--passt", "/nonexistent/passt"], "install the package passt"),
         (&["--tap-fd", "99"], "--tap-fd 99"),
         (&["--tap", "t1", "--mac", "52:54:00"], "not a MAC address"),
         (&["--tap", "t1", "--allow-ip", "10.0.0.1/40"], "not an IP address"),
@@ -63,14 +62,6 @@ fn on_tap(namespace: &NetNs, socket: &Path, arguments: &[&str]) -> Daemon {
     command.arg("--socket-path").arg(socket).args(["--tap", "tap0"]).args(arguments);
     namespace.enter(&mut command);
     Daemon::start_command("vhost-user-net", command, socket).unwrap()
-}
-
-fn ask(control: &Path, request: &str) -> String {
-    let mut stream = UnixStream::connect(control).unwrap();
-    writeln!(stream, "{request}").unwrap();
-    let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer).unwrap();
-    answer
 }
 
 #[test]

@@ -1,11 +1,11 @@
-//! The launcher: its generated command lines boot guests, it starts again what dies, and it leaves
-//! nothing behind.
+//! The launcher: its generated command lines boot guests, it starts again what dies, replaces daemons
+//! under a guest, and leaves nothing behind.
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
 use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -14,7 +14,14 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use testkit::daemon::bin;
+use testkit::driver::RingFormat;
+use testkit::driver::blk::{BlkSlot, RequestType, S_OK, request};
+use testkit::driver::fs::FsClient;
+use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::guests::{Job, initrd};
+use testkit::loop_device::LoopDevice;
+use testkit::memory::GuestRam;
+use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
 
 /// Far above what anything here takes, so that only a hang reaches it.
@@ -30,14 +37,54 @@ echo "hello from the guest" >/mnt/from-guest
 umount /mnt
 test -e /dev/vsock
 dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null
-dd if=/tmp/data of=/dev/vda bs=1M conv=fsync 2>/dev/null
-echo 3 >/proc/sys/vm/drop_caches
-dd if=/dev/vda of=/tmp/back bs=1M count=4 2>/dev/null
-cmp /tmp/data /tmp/back
+for disk in /dev/vda /dev/vdb; do
+    dd if=/tmp/data of=$disk bs=1M conv=fsync 2>/dev/null
+    echo 3 >/proc/sys/vm/drop_caches
+    dd if=$disk of=/tmp/back bs=1M count=4 2>/dev/null
+    cmp /tmp/data /tmp/back
+done
+[ "$(cat /sys/class/net/eth0/address)" = 52:54:00:12:34:56 ]
+ip address add 192.0.2.2/24 dev eth0
+ip link set eth0 up
+ping -c 2 -W 5 192.0.2.1
 "#;
 
 /// A directory with a pod file and what it names.
 struct Place(tempfile::TempDir);
+
+/// What a pod needs of the host that only root can give: a block device, a network.
+struct HostSide {
+    disk: LoopDevice,
+    network: NetNs,
+}
+
+impl HostSide {
+    fn for_test(root: &ToolRoot, place: &Place) -> Option<Self> {
+        let backing = place.at("device.img");
+        File::create(&backing).unwrap().set_len(64 << 20).unwrap();
+        let network = NetNs::for_test(root)?;
+        Some(Self { disk: LoopDevice::for_test(&backing)?, network })
+    }
+
+    /// Adds a volume of tier `device` and a network card to the pod.
+    fn add_to(&self, place: &Place) {
+        let (disk, netns) = (self.disk.path().display(), self.network.path());
+        let mut file = File::options().append(true).open(place.at("pod.toml")).unwrap();
+        write!(
+            file,
+            "[[volume]]\nname = \"fast\"\ntier = \"device\"\npath = \"{disk}\"\n\
+             [[nic]]\nname = \"eth\"\ntap = \"tap0\"\nnetns = \"{}\"\nmac = \"52:54:00:12:34:56\"\n",
+            netns.display()
+        )
+        .unwrap();
+    }
+
+    /// Gives the tap, which the pod's daemon made, the host's address.
+    fn bring_up(&self, root: &ToolRoot) {
+        self.network.ip(root, "address add 192.0.2.1/24 dev tap0").unwrap();
+        self.network.ip(root, "link set tap0 up").unwrap();
+    }
+}
 
 impl Place {
     fn new(guest: &str) -> Self {
@@ -63,9 +110,11 @@ impl Place {
     fn expect_guest_was_here(&self) {
         let text = fs::read_to_string(self.at("shared/from-guest")).unwrap();
         assert_eq!(text, "hello from the guest\n");
-        let mut start = [0; 4096];
-        File::open(self.at("disk.img")).unwrap().read_exact(&mut start).unwrap();
-        assert!(start.iter().any(|byte| *byte != 0), "the guest's data is not on the disk");
+        for disk in ["disk.img", "device.img"] {
+            let mut start = [0; 4096];
+            File::open(self.at(disk)).unwrap().read_exact(&mut start).unwrap();
+            assert!(start.iter().any(|byte| *byte != 0), "the guest's data is not on {disk}");
+        }
     }
 }
 
@@ -145,7 +194,11 @@ impl Drop for Launcher {
     }
 }
 
+/// Runs the launcher, with the daemons it would look for beside itself.
 fn outboard(arguments: &[&str]) -> std::process::Output {
+    for daemon in ["virtiofsd", "vhost-user-blk", "vsock-proxy"] {
+        bin(daemon).unwrap();
+    }
     Command::new(bin("outboard").unwrap()).args(arguments).output().unwrap()
 }
 
@@ -189,6 +242,8 @@ fn expect_success(console: &str) {
 fn the_command_for_uml_boots_a_guest_with_its_devices() {
     let Some(root) = ToolRoot::for_test() else { return };
     let place = Place::new("memory = \"256M\"");
+    let Some(host) = HostSide::for_test(root, &place) else { return };
+    host.add_to(&place);
     let job = place.at("job");
     fs::create_dir(&job).unwrap();
     let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("jobs/init.sh");
@@ -206,6 +261,7 @@ fn the_command_for_uml_boots_a_guest_with_its_devices() {
     let arguments: Vec<&str> =
         ["--vmm", "uml", "--"].into_iter().chain(boot.split_ascii_whitespace()).collect();
     let mut launcher = Launcher::start(place, &arguments);
+    host.bring_up(root);
     let console = paste(root, &launcher.line, Some(&job), TIMEOUT);
     expect_success(&console);
     launcher.place.expect_guest_was_here();
@@ -218,6 +274,8 @@ fn the_command_for_qemu_boots_a_guest_with_its_devices() {
     let guest = "memory = \"512M\"\ncpus = 2\nkernel = \"kernel\"\ninitrd = \"initrd\"\n\
                  cmdline = \"console=ttyS0 quiet panic=-1 random.trust_cpu=on\"";
     let place = Place::new(guest);
+    let Some(host) = HostSide::for_test(root, &place) else { return };
+    host.add_to(&place);
     fs::copy(root.host_path("/guest/qemu/vmlinuz"), place.at("kernel")).unwrap();
     let archive = initrd::for_job(root, &Job::from_script(GUEST_JOB)).unwrap();
     fs::write(place.at("initrd"), archive).unwrap();
@@ -225,6 +283,7 @@ fn the_command_for_qemu_boots_a_guest_with_its_devices() {
                 -display none -serial stdio";
     let arguments: Vec<&str> = ["--"].into_iter().chain(boot.split_ascii_whitespace()).collect();
     let mut launcher = Launcher::start(place, &arguments);
+    host.bring_up(root);
     let console = paste(root, &launcher.line, None, EMULATED_TIMEOUT);
     expect_success(&console);
     launcher.place.expect_guest_was_here();
@@ -267,6 +326,114 @@ fn a_daemon_that_dies_is_started_again_and_all_is_gone_at_the_end() {
     let output = outboard(&["ps", dir]);
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("no pod runs at"), "{output:?}");
+}
+
+#[test]
+fn daemons_are_replaced_while_their_guest_goes_on() {
+    let place = Place::new("");
+    // The programs as an operator's package has them: here they can be exchanged.
+    let programs = place.at("programs");
+    fs::create_dir(&programs).unwrap();
+    for name in ["virtiofsd", "vhost-user-blk", "vsock-proxy"] {
+        symlink(bin(name).unwrap(), programs.join(name)).unwrap();
+    }
+    let mut launcher = Launcher::start(place, &["--bin-dir", programs.to_str().unwrap()]);
+    let run_dir = launcher.place.at("run");
+    let dir = run_dir.to_str().unwrap();
+
+    let ram = GuestRam::new(4 << 20).unwrap();
+    let mut front_end = FrontEnd::connect(&run_dir.join("disk.sock")).unwrap();
+    let options = AttachOptions::new(RingFormat::Split);
+    let (mut queues, _inflight) = front_end.attach(&ram, &options).unwrap();
+    let slot = BlkSlot::new(&ram, 4096).unwrap();
+    slot.set_data(&[0xa5; 512]);
+    assert_eq!(request(&mut queues[0], &slot, (RequestType::OUT, 7, 512), TIMEOUT).unwrap(), S_OK);
+    let mut files = FsClient::start(&run_dir.join("work.sock"), 1, 4).unwrap();
+    let node = files.lookup(1, "from-host").unwrap();
+
+    let before = ["work", "disk", "vsock"].map(|name| launcher.daemon_pid(name).unwrap());
+    let output = outboard(&["upgrade", dir]);
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{told}{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        told,
+        "pod: work: a newer virtiofsd has taken over\n\
+         pod: disk: a newer vhost-user-blk has taken over\n\
+         pod: vsock: a newer vsock-proxy has taken over\n"
+    );
+    let after = ["work", "disk", "vsock"].map(|name| launcher.daemon_pid(name).unwrap());
+    assert!(before.iter().zip(&after).all(|(before, after)| before != after));
+    for name in ["work", "disk", "vsock"] {
+        let device = launcher.device(name);
+        assert_eq!((&device["restarts"], &device["upgrades"]), (&0.into(), &1.into()));
+    }
+    // On the same connections, whoever serves them now.
+    slot.set_data(&[0; 512]);
+    assert_eq!(request(&mut queues[0], &slot, (RequestType::IN, 7, 512), TIMEOUT).unwrap(), S_OK);
+    assert_eq!(slot.data(512), [0xa5; 512]);
+    assert_eq!(files.lookup(1, "from-host").unwrap(), node);
+
+    // A newer program that does not even start: the running one goes on.
+    fs::remove_file(programs.join("vhost-user-blk")).unwrap();
+    symlink("/bin/false", programs.join("vhost-user-blk")).unwrap();
+    let output = outboard(&["upgrade", dir]);
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told.contains("disk: the newer vhost-user-blk failed; see "), "{told}");
+    assert!(told.contains("work: a newer virtiofsd has taken over"), "{told}");
+    assert_eq!(launcher.daemon_pid("disk"), Some(after[1]));
+    assert_eq!(request(&mut queues[0], &slot, (RequestType::IN, 7, 512), TIMEOUT).unwrap(), S_OK);
+    drop((front_end, files));
+    assert!(launcher.terminate().success(), "{}", launcher.log());
+    assert!(!run_dir.exists(), "the run directory is left behind");
+}
+
+#[test]
+fn top_shows_what_a_guest_does_to_its_devices() {
+    let mut launcher = Launcher::start(Place::new(""), &[]);
+    let run_dir = launcher.place.at("run");
+    let ram = GuestRam::new(4 << 20).unwrap();
+    let mut front_end = FrontEnd::connect(&run_dir.join("disk.sock")).unwrap();
+    let options = AttachOptions::new(RingFormat::Split);
+    let (mut queues, _inflight) = front_end.attach(&ram, &options).unwrap();
+    let slot = BlkSlot::new(&ram, 4096).unwrap();
+    let mut files = FsClient::start(&run_dir.join("work.sock"), 1, 4).unwrap();
+    let mut top = Command::new(bin("outboard").unwrap())
+        .args(["top", "--once", "--interval", "500ms", run_dir.to_str().unwrap()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while top.try_wait().unwrap().is_none() {
+        files.lookup(1, "from-host").unwrap();
+        let read = request(&mut queues[0], &slot, (RequestType::IN, 0, 4096), TIMEOUT);
+        assert_eq!(read.unwrap(), S_OK);
+    }
+    let table = String::from_utf8(top.wait_with_output().unwrap().stdout).unwrap();
+    for (name, kind) in [("work", "fs"), ("disk", "blk")] {
+        let row = table.lines().find(|line| line.contains(name)).unwrap();
+        let cells: Vec<&str> = row.split_ascii_whitespace().collect();
+        let [_, _, of, to, from, requests, p50, p99, depth, drops] = cells[..] else {
+            panic!("{table}")
+        };
+        assert_eq!((of, drops), (kind, "0"), "{table}");
+        assert!(requests.parse::<u32>().unwrap() > 0, "{table}");
+        assert!(to.ends_with("/s") && from.ends_with("/s") && (to != "0B/s" || kind == "fs"));
+        // Measured, and so no "-".
+        assert!(p50.ends_with('s') && p99.ends_with('s'), "{table}");
+        assert!(depth.parse::<f64>().unwrap() <= 1.0, "one request at a time:\n{table}");
+    }
+    drop((front_end, files));
+    assert!(launcher.terminate().success(), "{}", launcher.log());
+}
+
+#[test]
+fn a_closed_terminal_stops_the_pod() {
+    let mut launcher = Launcher::start(Place::new(""), &[]);
+    let daemon = launcher.daemon_pid("disk").unwrap();
+    kill_process(launcher.pid(), Signal::HUP).unwrap();
+    assert!(launcher.child.wait().unwrap().success(), "{}", launcher.log());
+    assert!(test_kill_process(daemon).is_err(), "a daemon is left behind");
+    assert!(!launcher.place.at("run").exists(), "the run directory is left behind");
 }
 
 #[test]

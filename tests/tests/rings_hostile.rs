@@ -181,9 +181,18 @@ fn is_memory(addr: u64, len: u32) -> bool {
     len == 0 || inside(0, LOW) || inside(HIGH_AT, HIGH)
 }
 
-/// What the oracle says a lawful chain holds, or `None` for one that breaks the rules.
+/// Readable and writable ranges of a chain.
 type Lists = (Vec<(u64, u64)>, Vec<(u64, u64)>);
 
+/// Adds a range; one that goes on where the last one ends, in the same region, becomes part of it.
+fn join(list: &mut Vec<(u64, u64)>, (addr, len): (u64, u64)) {
+    match list.last_mut() {
+        Some((last, n)) if *last + *n == addr && addr != HIGH_AT => *n += len,
+        _ => list.push((addr, len)),
+    }
+}
+
+/// What the oracle says a lawful chain holds, or `None` for one that breaks the rules.
 fn judge(descriptors: &[virtio_queue::desc::split::Descriptor]) -> Option<Lists> {
     let last = descriptors.last()?;
     if last.has_next() {
@@ -202,9 +211,9 @@ fn judge(descriptors: &[virtio_queue::desc::split::Descriptor]) -> Option<Lists>
         }
         let entry = (d.addr().0, u64::from(d.len()));
         if d.is_write_only() {
-            writable.push(entry);
+            join(&mut writable, entry);
         } else if writable.is_empty() {
-            readable.push(entry);
+            join(&mut readable, entry);
         } else {
             return None;
         }

@@ -7,57 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
-use outboard_common::ring::Chain;
 use outboard_common::sys::EventFd;
 use outboard_common::vhost_user::session::{Ended, SavedSession, Session, SessionOptions};
-use outboard_common::worker::{Context, EventLoop, Progress, QueueHandler};
 use testkit::driver::{Buffer, GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::inverter::Inverter;
 use testkit::memory::GuestRam;
-
-/// A device that copies what it reads to what it writes, inverted.
-struct Inverter;
-
-struct InverterWorker {
-    chain: Chain,
-}
-
-impl QueueHandler for InverterWorker {
-    fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
-        let Some(queue) = cx.queues.get(index) else { return Progress::Emptied };
-        while queue.pop(&mut self.chain) {
-            let mut bytes = vec![0; self.chain.readable.len()];
-            self.chain.readable.read(&mut bytes);
-            for b in &mut bytes {
-                *b = !*b;
-            }
-            let written = self.chain.writable.write(&bytes);
-            queue.push(&mut self.chain, u32::try_from(written).unwrap());
-        }
-        Progress::Emptied
-    }
-}
-
-impl Device for Inverter {
-    fn name(&self) -> &str {
-        "inverter"
-    }
-    fn queue_count(&self) -> u16 {
-        2
-    }
-    fn features(&self) -> u64 {
-        RING_FEATURES
-    }
-    fn read_config(&self, _offset: u32, _out: &mut [u8]) {}
-    fn worker_of(&self, queue: u16) -> usize {
-        usize::from(queue)
-    }
-    fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
-        let event_loop = EventLoop::new(InverterWorker { chain: Chain::new() })?;
-        Ok(Box::new(move |control| event_loop.run(control)))
-    }
-}
 
 fn metrics() -> Vec<Arc<outboard_common::metrics::QueueMetrics>> {
     vec![Arc::default(), Arc::default()]

@@ -1,5 +1,5 @@
 //! vsock-proxy on the packet level: what a guest and a host may do to it, and what must come of it.
-//! Each failure that daemons of this kind are known for has its test.
+//! Each failure that daemons of this kind are known for has its test; decision 0041 says which.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -55,16 +55,22 @@ fn what_nobody_answers_is_refused_at_once() {
         ("an unknown CID", unknown_cid),
         ("a CID with an upper half", high_cid),
     ];
+    let mut wrong = Vec::new();
     for (what, packet) in strays {
         let start = Instant::now();
         guest.send(&packet).unwrap();
-        let answer = guest.receive(PATIENCE).unwrap_or_else(|e| panic!("{what}: {e}"));
-        assert_eq!(answer.op, op::RST, "{what}");
-        assert!(start.elapsed() < PROMPT, "{what}: {:?}", start.elapsed());
-        assert_eq!((answer.src_cid, answer.dst_cid), (packet.dst_cid, 3), "{what}");
-        assert_eq!((answer.src_port, answer.dst_port), (1, 1025), "{what}");
-        assert_eq!(answer.socket_type, packet.socket_type, "{what}");
+        let Ok(answer) = guest.receive(Duration::from_secs(2)) else {
+            wrong.push(format!("{what}: no answer"));
+            continue;
+        };
+        let swapped = (answer.src_cid, answer.dst_cid) == (packet.dst_cid, 3)
+            && (answer.src_port, answer.dst_port) == (1, 1025)
+            && answer.socket_type == packet.socket_type;
+        if answer.op != op::RST || !swapped || start.elapsed() > PROMPT {
+            wrong.push(format!("{what}: after {:?} {answer:?}", start.elapsed()));
+        }
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
     // RST is answered by nothing, and so is what is not addressed from here.
     guest.send(&request(1, op::RST)).unwrap();
     assert!(guest.is_silent_for(Duration::from_millis(100)));
@@ -146,6 +152,7 @@ fn a_guest_that_reads_no_more_makes_writing_fail() {
 fn connect_lines_in_pieces_with_data_and_in_any_case() {
     let host = VsockHost::start(&[]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let mut wrong = Vec::new();
     for (pieces, data) in [
         (vec!["CONNECT 52\nhello"], "hello"),
         (vec!["CON", "NECT 5", "2", "\n", "hello"], "hello"),
@@ -154,18 +161,39 @@ fn connect_lines_in_pieces_with_data_and_in_any_case() {
     ] {
         let mut stream = host.dial().unwrap();
         for piece in &pieces {
-            stream.write_all(piece.as_bytes()).unwrap();
+            // A proxy that gave up on the line has closed it.
+            let _ = stream.write_all(piece.as_bytes());
             std::thread::sleep(Duration::from_millis(5));
         }
-        let request = guest.expect(op::REQUEST).unwrap();
-        assert_eq!(request.dst_port, 52, "{pieces:?}");
-        assert_eq!(request.src_cid, HOST);
+        let request = match guest.expect(op::REQUEST) {
+            Ok(request) if request.dst_port == 52 && request.src_cid == HOST => request,
+            other => {
+                wrong.push(format!("{pieces:?}: {other:?}"));
+                continue;
+            }
+        };
         let mut theirs = GuestStream::accept(&mut guest, &request).unwrap();
-        assert_eq!(read_ok(&mut stream).unwrap(), request.src_port);
-        assert_eq!(theirs.receive_all(&mut guest, data.len()).unwrap(), data.as_bytes());
+        let said = read_ok(&mut stream);
+        let got = theirs.receive_all(&mut guest, data.len());
+        if said.is_err() || !got.as_ref().is_ok_and(|got| got == data.as_bytes()) {
+            wrong.push(format!("{pieces:?}: {said:?} {got:?}"));
+        }
         guest.send(&theirs.packet(op::RST)).unwrap();
-        assert!(is_eof(&mut stream));
+        if !is_eof(&mut stream) {
+            wrong.push(format!("{pieces:?}: open after an RST"));
+        }
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn ok_names_the_hosts_port() {
+    let host = VsockHost::start(&[]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let mut stream = host.ask(80).unwrap();
+    let request = guest.expect(op::REQUEST).unwrap();
+    GuestStream::accept(&mut guest, &request).unwrap();
+    assert_eq!(read_ok(&mut stream).unwrap(), request.src_port);
 }
 
 #[test]
@@ -220,20 +248,26 @@ fn clients_that_vanish_cost_nothing() {
     while let Ok(packet) = guest.receive(Duration::from_millis(300)) {
         assert!([op::REQUEST, op::RST].contains(&packet.op), "{packet:?}");
     }
-    // One that leaves between REQUEST and RESPONSE.
-    let stream = host.ask(6).unwrap();
-    let request = guest.expect(op::REQUEST).unwrap();
-    drop(stream);
-    guest.expect(op::RST).unwrap();
-    guest.send(&Packet::new(3, 6, request.src_port, op::RESPONSE)).unwrap();
-    guest.expect(op::RST).unwrap();
-
     let before = host.daemon.cpu_time().unwrap();
     std::thread::sleep(Duration::from_millis(500));
     let spent = host.daemon.cpu_time().unwrap() - before;
     assert!(spent <= Duration::from_millis(10), "{spent:?} of CPU for nobody");
     assert!(host.daemon.is_running());
     assert_eq!(host.daemon.open_fds().unwrap(), fds);
+    host.connect(&mut guest, 80).unwrap();
+}
+
+#[test]
+fn a_client_that_is_gone_before_ok_harms_nobody() {
+    let mut host = VsockHost::start(&[]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let stream = host.ask(6).unwrap();
+    let request = guest.expect(op::REQUEST).unwrap();
+    drop(stream);
+    guest.expect(op::RST).unwrap();
+    guest.send(&Packet::new(3, 6, request.src_port, op::RESPONSE)).unwrap();
+    guest.expect(op::RST).unwrap();
+    assert!(host.daemon.is_running());
     host.connect(&mut guest, 80).unwrap();
 }
 
@@ -263,7 +297,7 @@ fn a_repeated_request_ends_the_connection() {
 
 #[test]
 fn more_than_credit_is_refused_aloud() {
-    let host = VsockHost::start(&["--tx-buffer-size=64K"]).unwrap();
+    let host = VsockHost::start(&["--tx-buffer-size=65536"]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();
     let (mut stream, mut theirs) = host.serve(&mut guest, 1025, 80).unwrap();
     assert_eq!(theirs.credit(), 64 << 10);

@@ -58,13 +58,22 @@ fn siblings_of_a_group_reach_each_other() {
         let mut b = GuestStream::accept(&mut four, &heard).unwrap();
         let response = three.expect(op::RESPONSE).unwrap();
         assert_eq!((response.src_cid, response.src_port), (4, 80));
-        let data = b.data(b"from four").flags(1);
-        four.send(&data).unwrap();
-        assert_eq!(three.expect(op::RW).unwrap().payload, b"from four");
-        let mut rw = Packet::new(3, 1025, 80, op::RW).with(b"from three").flags(1);
-        (rw.dst_cid, rw.socket_type) = (4, socket_type);
-        three.send(&rw).unwrap();
-        assert_eq!(four.expect(op::RW).unwrap().payload, b"from three");
+        // The ends of messages and of records go along, either way; a message may be empty.
+        for (text, flags) in [("one", 1), ("two", 3), ("", 1), ("four", 1)] {
+            if text.is_empty() && socket_type == STREAM {
+                continue;
+            }
+            let expected = if socket_type == SEQPACKET { flags } else { 0 };
+            let data = b.data(text.as_bytes()).flags(flags);
+            four.send(&data).unwrap();
+            let got = three.expect(op::RW).unwrap();
+            assert_eq!((&got.payload[..], got.flags), (text.as_bytes(), expected));
+            let mut rw = Packet::new(3, 1025, 80, op::RW).with(text.as_bytes()).flags(flags);
+            (rw.dst_cid, rw.socket_type) = (4, socket_type);
+            three.send(&rw).unwrap();
+            let got = four.expect(op::RW).unwrap();
+            assert_eq!((&got.payload[..], got.flags), (text.as_bytes(), expected));
+        }
         let mut close = Packet::new(3, 1025, 80, op::SHUTDOWN).flags(3);
         (close.dst_cid, close.socket_type) = (4, socket_type);
         three.send(&close).unwrap();
@@ -175,6 +184,54 @@ fn a_client_passes_a_descriptor() {
             guest.send(&theirs.packet(op::RST)).unwrap();
         }
     }
+}
+
+/// What the metrics socket says of the series that begins with `name`.
+fn metric(socket: &Path, name: &str) -> f64 {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let line = text.lines().find(|line| line.starts_with(name));
+    let value = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+    value.unwrap_or_else(|| panic!("no {name} in {text}"))
+}
+
+#[test]
+fn what_each_vm_does_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path().display();
+    let vm = |cid: u32| format!("--vm=cid={cid},socket={d}/vmm{cid},uds-path={d}/host{cid}");
+    let metrics = dir.path().join("metrics");
+    let arguments = [vm(3), vm(4), format!("--metrics-socket={}", metrics.display())];
+    let _daemon = start(dir.path(), "vmm4", &arguments);
+    let boot = |cid: u32| {
+        let path = dir.path().join(format!("vmm{cid}"));
+        VsockGuest::start(&path, VsockOptions::default()).unwrap()
+    };
+    let (mut three, mut four) = (boot(3), boot(4));
+    assert!(refused(&mut four, HOST, 99));
+    let listener = UnixListener::bind(dir.path().join("host3_80")).unwrap();
+    let mut theirs = GuestStream::connect(&mut three, 1025, HOST, 80).unwrap();
+    let mut stream = listener.accept().unwrap().0;
+    theirs.send_all(&mut three, &[1; 1000]).unwrap();
+    stream.read_exact(&mut [0; 1000]).unwrap();
+    stream.write_all(&[2; 300]).unwrap();
+    theirs.receive_all(&mut three, 300).unwrap();
+
+    let of = |name: &str, labels: &str| metric(&metrics, &format!("outboard_{name}{{{labels}"));
+    for (name, labels, three, four) in [
+        ("vsock_connections", "", 1.0, 0.0),
+        ("vsock_connections_total", "", 1.0, 1.0),
+        ("vsock_refused_total", "", 0.0, 1.0),
+        ("vsock_connect_seconds_count", "", 1.0, 0.0),
+        ("queue_read_bytes_total", ",queue=\"1\"", 1000.0, 0.0),
+        ("queue_written_bytes_total", ",queue=\"0\"", 300.0, 0.0),
+    ] {
+        let both = [3, 4].map(|cid| of(name, &format!("device=\"vsock{cid}\"{labels}")));
+        assert_eq!(both, [three, four], "{name}");
+    }
+    assert!(of("vsock_connect_seconds_sum", "device=\"vsock3\"") > 0.0);
 }
 
 #[test]

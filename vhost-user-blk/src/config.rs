@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use outboard_common::cli::SocketChoice;
-use outboard_common::cli::values::{Size, ValueError, check_socket_path};
+use outboard_common::cli::values::{Size, ValueError, check_socket_path, split_commas};
 use outboard_common::rate_limiter::{DirectionLimits, Limit, Limits};
 use serde::Deserialize;
 
@@ -127,20 +127,6 @@ pub struct Disk {
     pub socket: SocketChoice,
     /// The rest.
     pub device: DeviceOptions,
-}
-
-/// Splits at single commas; two commas are one in the text.
-fn split_commas(text: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        if c == ',' && chars.next_if_eq(&',').is_none() {
-            parts.push(String::new());
-        } else if let Some(last) = parts.last_mut() {
-            last.push(c);
-        }
-    }
-    parts
 }
 
 fn switch(text: &str) -> Result<bool, String> {

@@ -125,10 +125,6 @@ impl QueueGauges {
     }
 }
 
-fn nanoseconds_since(begun: Instant) -> u64 {
-    u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX)
-}
-
 /// A blk worker: serves some queues of one device.
 #[derive(Debug)]
 pub struct BlkWorker {
@@ -438,7 +434,7 @@ impl BlkWorker {
             if let Some(Some(gauges)) = self.gauges.get(usize::from(slot.queue)) {
                 gauges.in_flight.set(u64::from(queue.in_flight()));
                 if let Some(begun) = slot.begun.take() {
-                    gauges.latency.record(nanoseconds_since(begun));
+                    gauges.latency.record_since(begun, 1);
                 }
             }
         }

@@ -7,21 +7,14 @@ pub mod macvtap;
 pub mod packet;
 pub mod switch;
 pub mod tap;
+pub mod user;
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use crate::control::MacAddr;
-
-/// How frames are written to a descriptor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Framing {
-    /// A tap character device: one write is one frame with its header, and never waits for long.
-    Tap,
-    /// A packet socket: one message is one frame with its header; it may be full.
-    Packet,
-}
 
 /// One network back end.
 pub trait Backend: Send + Sync + Debug {
@@ -36,8 +29,15 @@ pub trait Backend: Send + Sync + Debug {
         None
     }
 
-    /// How to write frames.
-    fn framing(&self) -> Framing;
+    /// The connection to a user-mode network, whose descriptor comes and goes.
+    fn user_link(&self) -> Option<Arc<user::UserLink>> {
+        None
+    }
+
+    /// Whether a write may find no room and work later. A tap never is full: it drops.
+    fn may_be_full(&self) -> bool {
+        false
+    }
 
     /// The virtio-net features that it makes possible.
     fn features(&self) -> u64;

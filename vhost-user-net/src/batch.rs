@@ -92,6 +92,41 @@ impl FrameMemory {
         }
     }
 
+    /// Appends the parts of everything after the first `skip` bytes to `out`.
+    pub fn append_from(&self, mut skip: usize, out: &mut Vec<iovec>) {
+        for part in &self.parts {
+            if skip >= part.iov_len {
+                skip -= part.iov_len;
+                continue;
+            }
+            let base = part.iov_base.cast::<u8>().wrapping_add(skip);
+            out.push(iovec { iov_base: base.cast(), iov_len: part.iov_len - skip });
+            skip = 0;
+        }
+    }
+
+    /// Copies `head` and then `bytes` into this memory; gives the bytes that found room.
+    ///
+    /// # Safety
+    /// All memory of this frame is mapped until this returns.
+    pub unsafe fn copy_from(&self, head: &[u8], bytes: &[u8]) -> usize {
+        let mut from = [head, bytes];
+        let mut copied = 0;
+        for part in &self.parts {
+            let (mut to, mut room) = (part.iov_base.cast::<u8>(), part.iov_len);
+            for rest in &mut from {
+                let n = rest.len().min(room);
+                // SAFETY: within the part, which is mapped as the caller promised; `rest` is ours.
+                unsafe { std::ptr::copy_nonoverlapping(rest.as_ptr(), to, n) };
+                to = to.wrapping_add(n);
+                room -= n;
+                copied += n;
+                *rest = rest.get(n..).unwrap_or(&[]);
+            }
+        }
+        copied
+    }
+
     fn count(&self) -> u32 {
         // More than the kernel takes (1,024) gives EINVAL, as it must.
         u32::try_from(self.parts.len()).unwrap_or(u32::MAX)
@@ -147,6 +182,12 @@ impl BatchIo {
                 .ok()
         };
         Self { ring, fd, results: Vec::new() }
+    }
+
+    /// Whether it uses io_uring.
+    #[must_use]
+    pub fn has_ring(&self) -> bool {
+        self.ring.is_some()
     }
 
     /// Reads or writes one frame for each of `frames` (at most [`MAX_BATCH`]), in order. Gives for

@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use clap::{Args, Parser};
 use outboard_common::cli::values::Size;
 use outboard_common::cli::{
-    CapabilitiesArgs, ControlArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs, WorkerArgs,
+    CapabilitiesArgs, ControlArgs, HandoverArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs,
+    WorkerArgs,
 };
 use outboard_common::rate_limiter::Limit;
 
+use crate::backend::user::check_option;
 use crate::control::MacAddr;
 use crate::filter::Cidr;
 use crate::ports::PortConfig;
@@ -27,9 +29,17 @@ pub struct Cli {
     #[command(flatten)]
     pub socket: SocketArgs,
 
+    /// Hand-over.
+    #[command(flatten)]
+    pub handover: HandoverArgs,
+
     /// The network behind the device.
     #[command(flatten)]
     pub backend: BackendArgs,
+
+    /// The user-mode network.
+    #[command(flatten)]
+    pub user: UserArgs,
 
     /// The device itself.
     #[command(flatten)]
@@ -87,18 +97,20 @@ pub struct BackendArgs {
     #[arg(long, value_name = "NAME", group = "kind")]
     pub packet: Option<InterfaceName>,
 
+    /// Use the host's sockets through passt, without an interface and without privileges
+    #[arg(long, group = "kind", conflicts_with_all = ["netns", "queue_pairs"])]
+    pub user: bool,
+
     /// Join the guests of all --port in a switch in memory
-    #[arg(long, group = "kind", requires = "port",
-          conflicts_with_all = ["netns", "queue_pairs", "socket_path", "fd", "client", "mac",
-                                "any_mac", "allow_ip", "pcap"])]
+    #[arg(long, group = "kind", requires = "port", conflicts_with_all = NOT_WITH_SWITCH)]
     pub switch: bool,
 
     /// A port of --switch and the socket of its guest; repeatable. KEY is one of mac (the guest's
     /// address; it may send from no other one), allow-ip (repeatable), isolated (on: no frames
     /// between it and other isolated ports), client (on: dial the socket), tx-packets, tx-bytes,
     /// rx-packets, rx-bytes
-    #[arg(long, value_name = "socket=PATH[,KEY=VALUE...]", requires = "switch", conflicts_with_all = ["netns", "queue_pairs", "socket_path", "fd", "client", "mac",
-                                "any_mac", "allow_ip", "pcap"])]
+    #[arg(long, value_name = "socket=PATH[,KEY=VALUE...]", requires = "switch",
+          conflicts_with_all = NOT_WITH_SWITCH)]
     pub port: Vec<PortConfig>,
 
     /// Network namespace that the interface lives in, like /run/netns/pod1
@@ -108,6 +120,36 @@ pub struct BackendArgs {
     /// Queue pairs, at the most
     #[arg(long, value_name = "N", default_value = "1", value_parser = queue_pairs)]
     pub queue_pairs: NonZeroU16,
+}
+
+/// Options of a single device, or of an interface, that say nothing to a switch.
+const NOT_WITH_SWITCH: [&str; 9] =
+    ["netns", "queue_pairs", "socket_path", "fd", "client", "mac", "any_mac", "allow_ip", "pcap"];
+
+/// The other networks. The parser forgives a missing --user beside those that exclude it.
+const NOT_WITH_USER: [&str; 5] = ["tap", "tap_fd", "macvtap", "packet", "switch"];
+
+/// How `passt` is run.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "User-mode network")]
+pub struct UserArgs {
+    /// TCP ports of the host to forward to the guest, like 8022:22; as passt's --tcp-ports
+    #[arg(long, value_name = "SPEC", requires = "user", conflicts_with_all = NOT_WITH_USER)]
+    pub user_tcp: Vec<String>,
+
+    /// UDP ports of the host to forward to the guest; as passt's --udp-ports
+    #[arg(long, value_name = "SPEC", requires = "user", conflicts_with_all = NOT_WITH_USER)]
+    pub user_udp: Vec<String>,
+
+    /// Any other option of passt, in one word, like --user-option=--dns=192.0.2.1; repeatable
+    #[arg(long, value_name = "OPTION", requires = "user", conflicts_with_all = NOT_WITH_USER,
+          allow_hyphen_values = true, value_parser = check_option)]
+    pub user_option: Vec<String>,
+
+    /// The program to run for --user
+    #[arg(long, value_name = "PROGRAM", default_value = "passt", requires = "user",
+          conflicts_with_all = NOT_WITH_USER)]
+    pub passt: PathBuf,
 }
 
 /// What the guest sees.
@@ -223,6 +265,11 @@ mod tests {
             ("--tap t0 --any-mac", "--mac"),
             ("--switch --port socket=/p", "cannot be used with"),
             ("--port socket=/p", "cannot be used with"),
+            ("--user --tap t0", "cannot be used with"),
+            ("--user --netns /n", "cannot be used with"),
+            ("--tap t0 --user-tcp 22", "cannot be used with"),
+            ("--user-udp 22", "--user"),
+            ("--user --user-option=--fd=3", "sets this one itself"),
         ] {
             let error = error(&format!("--socket-path=/s {arguments}"));
             assert!(error.contains(part), "{arguments}: {error}");

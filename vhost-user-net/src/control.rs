@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net as v;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
@@ -22,7 +23,20 @@ pub const MAX_COMMAND_SIZE: usize = 2 + 2 * (4 + 6 * MAX_MAC_TABLE);
 const MAX_MAC_TABLE: usize = 1024;
 
 /// An Ethernet address.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, FromBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    FromBytes,
+    Immutable,
+    KnownLayout,
+    Serialize,
+    Deserialize,
+)]
 #[repr(C)]
 pub struct MacAddr(pub [u8; 6]);
 
@@ -80,7 +94,7 @@ pub enum RxMode {
 }
 
 /// When to notify the driver. Virtio 1.3, 5.1.6.5.7.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Coalescing {
     /// Frames after which to notify at the latest; 0 and 1: each batch.
     pub max_packets: u32,
@@ -314,9 +328,11 @@ fn one_table<'a>(raw: Raw<'_>, data: &'a [u8]) -> Result<Table<'a>, ControlError
 
 /// VLAN identifiers there are.
 const VLANS: u16 = 4096;
+/// Words of a bit for each.
+const VLAN_WORDS: usize = 64;
 
 /// Which received frames the driver wants. Virtio 1.3, 5.1.6.5.1 to 5.1.6.5.3.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RxFilter {
     mac: Option<MacAddr>,
     promiscuous: bool,
@@ -329,7 +345,7 @@ pub struct RxFilter {
     multicast: Vec<MacAddr>,
     table_overflow: (bool, bool),
     /// One bit per VLAN; `None`: no VLAN filter.
-    vlans: Option<Box<[u64; 64]>>,
+    vlans: Option<Vec<u64>>,
 }
 
 impl RxFilter {
@@ -356,7 +372,7 @@ impl RxFilter {
     #[must_use]
     pub fn for_station(mac: Option<MacAddr>, features: u64) -> Self {
         let filters_vlans = features & (1 << v::VIRTIO_NET_F_CTRL_VLAN) != 0;
-        Self { mac, vlans: filters_vlans.then(|| Box::new([0; 64])), ..Self::everything() }
+        Self { mac, vlans: filters_vlans.then(|| vec![0; VLAN_WORDS]), ..Self::everything() }
     }
 
     /// Whether no frame is filtered out, so that frames need not be looked at.

@@ -3,8 +3,11 @@
 //! Queue pair `n` is queues `2n` (receive) and `2n + 1` (transmit), served by worker `n`. The control
 //! queue, where the front end leaves it to us, is worker 0's.
 
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
 use outboard_common::vhost_user::backend_channel::BackendChannel;
 use outboard_common::worker::EventLoop;
@@ -25,6 +28,9 @@ const OWN_FEATURES: u64 = 1 << v::VIRTIO_NET_F_MRG_RXBUF
     | 1 << v::VIRTIO_NET_F_CTRL_RX_EXTRA
     | 1 << v::VIRTIO_NET_F_CTRL_VLAN
     | 1 << v::VIRTIO_NET_F_GUEST_ANNOUNCE;
+
+/// Bytes of saved state at the most: long address tables, as text.
+const STATE_MAX: u64 = 1 << 20;
 
 /// One virtio-net device.
 #[derive(Debug)]
@@ -57,6 +63,8 @@ impl NetDevice {
             (offers.mtu, v::VIRTIO_NET_F_MTU),
             (offers.speed, v::VIRTIO_NET_F_SPEED_DUPLEX),
             (shared.max_pairs() > 1, v::VIRTIO_NET_F_MQ),
+            // Several senders fill a switch's receive queue, and none of them waits.
+            (shared.backend.switch_port().is_none(), v::VIRTIO_NET_F_NOTF_COAL),
         ] {
             if on {
                 features |= 1 << bit;
@@ -111,7 +119,9 @@ impl Device for NetDevice {
     }
 
     fn protocol_features(&self) -> u64 {
-        (P::RARP | P::MTU).bits()
+        // Where there is no network to announce a guest to, nobody shall ask for it.
+        let rarp = if self.shared.backend.queue(0).is_some() { P::RARP } else { P::empty() };
+        (rarp | P::MTU).bits()
     }
 
     fn negotiated(&self, features: u64) {
@@ -135,6 +145,29 @@ impl Device for NetDevice {
         let worker = NetWorker::new(self.shared.clone(), pair)?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))
+    }
+
+    fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
+        Ok(serde_json::to_writer(to, &self.shared.save())?)
+    }
+
+    fn load(&self, from: &mut dyn Read) -> anyhow::Result<()> {
+        let mut text = Vec::new();
+        from.take(STATE_MAX).read_to_end(&mut text)?;
+        // A device that keeps no state beside its session's.
+        if !text.is_empty() {
+            self.shared.load(serde_json::from_slice(&text).context("the saved state is damaged")?);
+        }
+        Ok(())
+    }
+
+    fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
+        self.save(to)?;
+        // An interface that we made goes with its last descriptor.
+        for queue in (0..self.shared.max_pairs()).filter_map(|p| self.shared.backend.queue(p)) {
+            fds.push(queue.try_clone_to_owned()?);
+        }
+        Ok(())
     }
 
     fn set_channel(&self, channel: Option<Arc<BackendChannel>>) {

@@ -7,9 +7,10 @@
 //! | [`filter`] | anti-spoofing (pure) |
 //! | [`config`] | configuration space |
 //! | [`device`], [`shared`] | what the device offers; what its threads share |
+//! | [`state`] | what moves to a newer daemon or another host |
 //! | [`worker`] | the data path of a queue pair |
-//! | [`batch`] | several frames in one system call |
-//! | [`backend`] | tap, macvtap, packet socket, switch |
+//! | [`batch`], [`stream`] | several frames in one system call |
+//! | [`backend`] | tap, macvtap, packet socket, user-mode network, switch |
 //! | [`ports`] | a switch's ports on the command line (pure) |
 //! | [`capture`] | pcap files |
 //! | [`operator`] | requests on the control socket |
@@ -32,9 +33,12 @@ pub mod operator;
 pub mod ports;
 pub mod sandbox;
 pub mod shared;
+pub mod state;
+pub mod stream;
 pub mod sys;
 pub mod worker;
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -44,11 +48,11 @@ use anyhow::{Context as _, bail};
 use outboard_common::admin::AdminSockets;
 use outboard_common::capabilities::Capabilities;
 use outboard_common::cli::SocketChoice;
-use outboard_common::daemon::{self, Endpoint, RunOptions};
+use outboard_common::daemon::{self, RunOptions};
+use outboard_common::handover::{Handover, TakenOver};
 use outboard_common::metrics::Registry;
 use outboard_common::rate_limiter::{DirectionLimits, Limits, RateLimiter};
 use outboard_common::sys::inherited_fd;
-use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
 
 use self::backend::Backend;
@@ -56,6 +60,7 @@ use self::backend::macvtap::MacvtapBackend;
 use self::backend::packet::{PacketBackend, PacketOptions};
 use self::backend::switch::{PORTS_MAX, PortOptions, Switch, SwitchPort};
 use self::backend::tap::{TapBackend, TapOptions};
+use self::backend::user::{UserBackend, UserOptions};
 use self::capture::Capture;
 use self::cli::{BackendArgs, Cli, GuardArgs};
 use self::config::NetConfig;
@@ -82,10 +87,13 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     outboard_common::logging::init(&cli.log, PROGRAM)?;
     // Inherited descriptors first, before anything of ours takes their numbers.
     let taps = cli.backend.tap_fd.iter().map(|&fd| inherit(fd)).collect::<Result<Vec<_>, _>>()?;
-    let plans =
-        if cli.backend.switch { plan_switch(&cli)? } else { vec![plan_single(&cli, taps)?] };
-    let transports =
-        plans.iter().map(|p| Transport::open(&p.choice)).collect::<Result<Vec<_>, _>>()?;
+    let handover_socket = cli.handover.handover_socket.as_deref();
+    let mut taken = handover_socket.map(TakenOver::from).transpose()?.unwrap_or_default();
+    let plans = if cli.backend.switch {
+        plan_switch(&cli)?
+    } else {
+        vec![plan_single(&cli, taps, taken.device_fds(DEVICE))?]
+    };
     let admin = AdminSockets::bind(
         cli.metrics.metrics_socket.as_deref(),
         cli.control.control_socket.as_deref(),
@@ -93,21 +101,25 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     let registry = Arc::new(Registry::new(PROGRAM));
     let options = SessionOptions::new(&cli.socket, &cli.workers);
     let (mut devices, mut endpoints) = (Vec::new(), Vec::new());
-    for (plan, transport) in plans.iter().zip(transports) {
+    for plan in &plans {
         let device = Arc::new(make_device(&cli, plan, &registry)?);
-        let endpoint = Endpoint::new(device.clone(), transport, options.clone());
+        let endpoint = taken.endpoint(device.clone(), &plan.choice, options.clone())?;
         endpoints.push(endpoint.counted_in(&registry));
         devices.push(device);
     }
+    let handover = handover_socket.map(Handover::listen).transpose()?;
     let needs = Needs {
         sockets: sockets(&cli, &plans),
         capture: cli.guard.pcap.as_deref(),
         net_admin: cli.control.control_socket.is_some(),
     };
+    // Workers rest for some ten microseconds at a time; the kernel's usual slack is longer than that.
+    let slack = Some(NonZeroU64::MIN.saturating_add(999));
+    rustix::thread::set_current_timer_slack(slack).context("cannot set the timer slack")?;
     sandbox::close(&cli.sandbox, &needs).context("cannot close the sandbox")?;
     let _admin = admin.serve(registry, Arc::new(Operator::new(devices)))?;
     outboard_common::footprint::give_back_startup_memory();
-    daemon::run(endpoints, RunOptions::default())
+    daemon::run(endpoints, RunOptions { handover, ..RunOptions::default() })
 }
 
 /// A device before it is made.
@@ -121,14 +133,16 @@ struct Plan {
 }
 
 /// The one device of everything but a switch.
-fn plan_single(cli: &Cli, taps: Vec<OwnedFd>) -> anyhow::Result<Plan> {
+///
+/// `before` are the descriptors of a tap that the daemon before this one had.
+fn plan_single(cli: &Cli, taps: Vec<OwnedFd>, before: Vec<OwnedFd>) -> anyhow::Result<Plan> {
     let choice =
         cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
     let locked_mac = cli.device.mac.filter(|_| !cli.guard.any_mac);
     Ok(Plan {
         name: DEVICE.to_owned(),
         choice,
-        backend: open_backend(cli, taps)?,
+        backend: open_backend(cli, taps, before)?,
         mac: cli.device.mac,
         source: SourceFilter::new(locked_mac, cli.guard.allow_ip.clone()),
         limits: limits(&cli.guard),
@@ -169,7 +183,8 @@ fn sockets<'a>(cli: &'a Cli, plans: &'a [Plan]) -> Vec<&'a Path> {
         SocketChoice::Listen(path) | SocketChoice::Dial(path) => Some(path.as_path()),
         SocketChoice::Inherited(_) => None,
     });
-    let admin = [&cli.metrics.metrics_socket, &cli.control.control_socket];
+    let admin =
+        [&cli.metrics.metrics_socket, &cli.control.control_socket, &cli.handover.handover_socket];
     fronts.chain(admin.into_iter().filter_map(|path| path.as_deref())).collect()
 }
 
@@ -180,18 +195,36 @@ fn inherit(fd: i32) -> anyhow::Result<OwnedFd> {
     Ok(fd)
 }
 
-fn open_backend(cli: &Cli, taps: Vec<OwnedFd>) -> anyhow::Result<Arc<dyn Backend>> {
+fn open_backend(
+    cli: &Cli,
+    taps: Vec<OwnedFd>,
+    before: Vec<OwnedFd>,
+) -> anyhow::Result<Arc<dyn Backend>> {
     let args = &cli.backend;
     let pairs = args.queue_pairs.get();
-    let BackendArgs { tap, macvtap, packet, netns, .. } = args;
-    let backend: Arc<dyn Backend> = if let Some(name) = packet {
+    let BackendArgs { tap, macvtap, packet, netns, user, .. } = args;
+    let backend: Arc<dyn Backend> = if *user {
+        Arc::new(UserBackend::start(&UserOptions {
+            program: cli.user.passt.clone(),
+            mtu: cli.device.mtu,
+            tcp_ports: cli.user.user_tcp.clone(),
+            udp_ports: cli.user.user_udp.clone(),
+            more: cli.user.user_option.clone(),
+        })?)
+    } else if let Some(name) = packet {
         let options = PacketOptions { name: name.clone(), netns: netns.clone(), pairs };
         Arc::new(PacketBackend::open(&options)?)
     } else if let Some(path) = macvtap {
         Arc::new(MacvtapBackend::open(path, pairs)?)
     } else if !taps.is_empty() {
         Arc::new(TapBackend::from_fds(taps)?)
+    } else if tap.is_some() && before.len() == usize::from(pairs) {
+        Arc::new(match netns {
+            Some(path) => sys::in_network_namespace(path, || TapBackend::from_fds(before))?,
+            None => TapBackend::from_fds(before)?,
+        })
     } else if let Some(name) = tap {
+        drop(before);
         Arc::new(TapBackend::open(&TapOptions {
             name: Some(name.clone()),
             netns: netns.clone(),
@@ -199,7 +232,7 @@ fn open_backend(cli: &Cli, taps: Vec<OwnedFd>) -> anyhow::Result<Arc<dyn Backend
             mtu: cli.device.mtu,
         })?)
     } else {
-        bail!("no network is named: give --tap, --tap-fd, --macvtap, --packet or --switch");
+        bail!("no network is named: give --tap, --tap-fd, --macvtap, --packet, --user or --switch");
     };
     Ok(backend)
 }

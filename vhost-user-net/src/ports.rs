@@ -1,9 +1,10 @@
 //! `--port`: the description of a switch's port on the command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use outboard_common::cli::SocketChoice;
+use outboard_common::cli::values::{check_socket_path, split_commas};
 use outboard_common::rate_limiter::{DirectionLimits, Limit, Limits};
 
 use crate::control::MacAddr;
@@ -30,7 +31,7 @@ pub struct PortConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PortError {
     /// Not `KEY=VALUE`.
-    #[error("{0:?} is not KEY=VALUE")]
+    #[error("{0:?} is not KEY=VALUE; a comma in a path is written twice")]
     NotKeyValue(String),
     /// A key that may be given once.
     #[error("{0} is given twice")]
@@ -78,8 +79,10 @@ impl PortConfig {
         }
         let limit = || value::<Limit>(text).map(Some);
         match key {
-            "socket" if text.is_empty() => return Err("a path is missing".to_owned()),
-            "socket" => self.socket = text.into(),
+            "socket" => {
+                check_socket_path(Path::new(text)).map_err(|error| error.to_string())?;
+                self.socket = text.into();
+            }
             "client" => self.client = switch(text)?,
             "isolated" => self.isolated = switch(text)?,
             "mac" => self.mac = Some(value(text)?),
@@ -107,10 +110,11 @@ impl FromStr for PortConfig {
 
     fn from_str(text: &str) -> Result<Self, PortError> {
         let mut port = Self::default();
+        let parts = split_commas(text);
         let mut seen: Vec<&str> = Vec::new();
-        for part in text.split(',') {
+        for part in &parts {
             let (key, value) =
-                part.split_once('=').ok_or_else(|| PortError::NotKeyValue(part.to_owned()))?;
+                part.split_once('=').ok_or_else(|| PortError::NotKeyValue(part.clone()))?;
             if seen.contains(&key) && key != "allow-ip" {
                 return Err(PortError::Twice(key.to_owned()));
             }
@@ -131,6 +135,8 @@ mod tests {
                     rx-packets=1K";
         let port: PortConfig = text.parse().unwrap();
         assert_eq!(port.choice(), SocketChoice::Listen("/s".into()));
+        let with_comma: PortConfig = "socket=/a,,b,client=on".parse().unwrap();
+        assert_eq!(with_comma.choice(), SocketChoice::Dial("/a,b".into()));
         assert!(port.isolated && port.mac.is_some() && port.allow_ip.len() == 2);
         let defaults = Limits { write: port.limits.read, ..Limits::default() };
         let limits = port.limits_or(defaults);
@@ -145,7 +151,8 @@ mod tests {
         for (text, part) in [
             ("mac=52:54:00:12:34:56", "socket=PATH is missing"),
             ("/s", "not KEY=VALUE"),
-            ("socket=", "a path is missing"),
+            ("socket=", "the path is empty"),
+            ("socket=/a,b", "written twice"),
             ("socket=/s,socket=/t", "socket is given twice"),
             ("socket=/s,mac=zz", "mac: "),
             ("socket=/s,isolated=maybe", "write on or off"),

@@ -6,16 +6,17 @@
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use outboard_common::metrics::{Counter, DeviceMetrics};
+use outboard_common::metrics::{Counter, DeviceMetrics, Histogram};
 use outboard_common::rate_limiter::RateLimiter;
 use outboard_common::vhost_user::backend_channel::BackendChannel;
 use virtio_bindings::virtio_net as v;
 
 use crate::backend::Backend;
 use crate::capture::Capture;
-use crate::config::NetConfig;
-use crate::control::{GUEST_OFFLOADS, RxFilter};
+use crate::config::{NetConfig, S_ANNOUNCE, S_LINK_UP};
+use crate::control::{Coalescing, GUEST_OFFLOADS, MacAddr, RxFilter};
 use crate::filter::SourceFilter;
+use crate::state::{ControlState, SavedState};
 
 /// What one queue pair counts beyond the engine's counters.
 #[derive(Debug, Clone, Default)]
@@ -28,6 +29,8 @@ pub struct PairMetrics {
     pub tx_failed: Arc<Counter>,
     /// Frames sent.
     pub tx_frames: Arc<Counter>,
+    /// How long frames take from the driver's ring to the back end.
+    pub tx_latency: Arc<Histogram>,
     /// Frames received.
     pub rx_frames: Arc<Counter>,
     /// Received frames that the driver does not want.
@@ -51,6 +54,11 @@ impl PairMetrics {
             tx_spoofed: c("net_tx_spoofed_total", "Frames dropped for a forged source.", tx),
             tx_failed: c("net_tx_failed_total", "Frames that the back end did not take.", tx),
             tx_frames: c("net_tx_frames_total", "Frames sent.", tx),
+            tx_latency: device.latency(
+                "net_tx_seconds",
+                "Time from taking a batch of frames to its end in the back end.",
+                tx,
+            ),
             rx_frames: c("net_rx_frames_total", "Frames received.", rx),
             rx_filtered: c("net_rx_filtered_total", "Frames the driver did not want.", rx),
             rx_dropped: c("net_rx_dropped_total", "Frames that fitted no guest buffers.", rx),
@@ -62,6 +70,15 @@ impl PairMetrics {
             rx_limited: c("net_rx_limited_total", "Switched frames over the limits.", rx),
         }
     }
+}
+
+/// A direction, as the driver sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Frames received.
+    Rx = 0,
+    /// Frames sent.
+    Tx = 1,
 }
 
 /// The state shared by everything that serves one device.
@@ -92,6 +109,14 @@ pub struct Shared {
     channel: Mutex<Option<Arc<BackendChannel>>>,
     rx_filter: Mutex<Arc<RxFilter>>,
     generation: AtomicU32,
+    /// Guest offloads in force.
+    offloads: AtomicU64,
+    /// When to signal, received and sent frames: packets in the upper half, microseconds in the lower.
+    coalescing: [AtomicU64; 2],
+    /// What the control queue had set before it moved here; for when it starts.
+    moved: Mutex<Option<ControlState>>,
+    /// What it had set when it stopped; for a successor.
+    stopped: Mutex<Option<ControlState>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -141,6 +166,10 @@ impl Shared {
             channel: Mutex::default(),
             rx_filter: Mutex::new(Arc::new(RxFilter::everything())),
             generation: AtomicU32::new(0),
+            offloads: AtomicU64::new(0),
+            coalescing: Default::default(),
+            moved: Mutex::default(),
+            stopped: Mutex::default(),
         }
     }
 
@@ -171,6 +200,7 @@ impl Shared {
 
     /// Tells the back end which offloads the guest takes; false if it refuses.
     pub fn set_guest_offloads(&self, offloads: u64) -> bool {
+        self.offloads.store(offloads, Ordering::Relaxed);
         let result = self.backend.set_guest_offloads(offloads);
         if let Err(error) = &result {
             tracing::error!(device = %self.name, offloads, %error, "the back end refuses these offloads");
@@ -189,11 +219,20 @@ impl Shared {
 
     /// The control queue is served here (or no more).
     pub fn set_control(&self, here: bool) {
+        let before = self.control_state();
+        *lock(&self.stopped) = before.filter(|_| !here);
         self.has_control.store(here, Ordering::Release);
-        if here {
+        let moved = lock(&self.moved).take().filter(|_| here);
+        if let Some(moved) = moved {
+            self.set_rx_filter(moved.filter);
+            self.set_guest_offloads(moved.offloads & self.features());
+            self.set_pairs(moved.pairs.clamp(1, self.max_pairs));
+            self.set_coalescing(Flow::Rx, moved.coalescing[0]);
+            self.set_coalescing(Flow::Tx, moved.coalescing[1]);
+        } else if here {
             let mut mac = [0; 6];
             lock(&self.config).read(0, &mut mac);
-            let mac = Some(crate::control::MacAddr(mac)).filter(|m| m.is_station());
+            let mac = Some(MacAddr(mac)).filter(|m| m.is_station());
             self.set_rx_filter(RxFilter::for_station(mac, self.features()));
             if self.has_feature(v::VIRTIO_NET_F_MQ) {
                 self.set_pairs(1);
@@ -201,6 +240,8 @@ impl Shared {
         } else {
             self.set_rx_filter(RxFilter::everything());
             self.set_pairs(self.max_pairs);
+            self.set_coalescing(Flow::Rx, Coalescing::default());
+            self.set_coalescing(Flow::Tx, Coalescing::default());
         }
     }
 
@@ -215,6 +256,23 @@ impl Shared {
     /// Whether the driver uses `pair` (as far as it told us).
     pub fn uses_pair(&self, pair: u16) -> bool {
         pair < self.pairs.load(Ordering::Acquire)
+    }
+
+    /// Sets when the driver is told of received or of sent frames.
+    pub fn set_coalescing(&self, flow: Flow, wish: Coalescing) {
+        let word = u64::from(wish.max_packets) << 32 | u64::from(wish.max_usecs);
+        self.coalescing[flow as usize].store(word, Ordering::Relaxed);
+    }
+
+    /// When the driver is to be told.
+    #[inline]
+    pub fn coalescing(&self, flow: Flow) -> Coalescing {
+        let word = self.coalescing[flow as usize].load(Ordering::Relaxed);
+        let [a, b, c, d, e, f, g, h] = word.to_be_bytes();
+        Coalescing {
+            max_packets: u32::from_be_bytes([a, b, c, d]),
+            max_usecs: u32::from_be_bytes([e, f, g, h]),
+        }
     }
 
     /// The receive filter, for change.
@@ -257,12 +315,45 @@ impl Shared {
         *lock(&self.channel) = channel;
     }
 
+    /// What a successor needs to know.
+    pub fn save(&self) -> SavedState {
+        let config = lock(&self.config);
+        let mut mac = [0; 6];
+        config.read(0, &mut mac);
+        let control = self.control_state().or_else(|| lock(&self.stopped).clone());
+        SavedState { mac, mtu: config.mtu(), status: config.status(), control }
+    }
+
+    /// What the control queue's commands set, where it is served here.
+    fn control_state(&self) -> Option<ControlState> {
+        self.has_control.load(Ordering::Acquire).then(|| ControlState {
+            pairs: self.pairs.load(Ordering::Acquire),
+            offloads: self.offloads.load(Ordering::Relaxed),
+            filter: (*self.rx_filter()).clone(),
+            coalescing: [self.coalescing(Flow::Rx), self.coalescing(Flow::Tx)],
+        })
+    }
+
+    /// Goes on where the device that wrote `state` was.
+    pub fn load(&self, state: SavedState) {
+        self.change_config(|config| {
+            config.set_mac(MacAddr(state.mac));
+            config.set_mtu(state.mtu);
+            config.set_status(u16::MAX, false);
+            config.set_status(state.status & (S_LINK_UP | S_ANNOUNCE), true);
+            false
+        });
+        *lock(&self.moved) = state.control;
+    }
+
     /// The guest is gone.
     pub fn reset(&self) {
         self.features.store(0, Ordering::Release);
         self.set_control(false);
+        *lock(&self.stopped) = None;
+        *lock(&self.moved) = None;
         self.change_config(|config| {
-            config.set_status(crate::config::S_ANNOUNCE, false);
+            config.set_status(S_ANNOUNCE, false);
             false
         });
         for pair in 0..self.max_pairs {

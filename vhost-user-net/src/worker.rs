@@ -1,18 +1,25 @@
 //! A worker: one queue pair on one descriptor of the back end.
 //!
 //! # Theory of operation
-//! Everything happens in turns with a budget: a turn of transmit, a turn of receive, then the event
-//! loop looks at the world. So a flood one way never starves the other, nor the session.
+//! Everything happens in turns with a budget of frames, the same for both directions, and the event loop
+//! gives each direction that has work one turn a round. So a flood one way never starves the other, nor
+//! the session.
 //!
 //! The back end's descriptor is watched edge-triggered: an edge means "read until there is no more",
 //! which [`RxSide`] remembers. It asks for a turn of the receive queue and so does the driver's kick;
-//! both end up in [`NetWorker::on_kick`].
+//! both end up in [`NetWorker::on_kick`]. A back end that may be full reports room in the same way.
+//!
+//! A user-mode network's connection ends when its program does. The cable is out then, as far as the
+//! guest can see, and frames stay in its ring until the keeper sends another connection.
 
+mod frame_io;
+mod moderation;
+mod rest;
 mod rx;
 pub(crate) mod switch;
 mod tx;
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,15 +28,23 @@ use outboard_common::ring::{Chain, Queue};
 use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
+use self::frame_io::FrameIo;
+use self::moderation::{Moderation, of_sent_frames};
+use self::rest::Rest;
 use self::rx::RxSide;
 use self::tx::TxSide;
+use crate::backend::user::{News, UserLink};
 use crate::batch::BatchIo;
-use crate::config::S_ANNOUNCE;
-use crate::control::{self, Command, MAX_COMMAND_SIZE, Negotiated};
-use crate::shared::Shared;
+use crate::config::{S_ANNOUNCE, S_LINK_UP};
+use crate::control::{self, Coalescing, Command, MAX_COMMAND_SIZE, Negotiated};
+use crate::header::header_size;
+use crate::shared::{Flow, PairMetrics, Shared};
+use crate::stream::FrameStream;
 
 /// The back end's descriptor.
 const TOKEN_BACKEND: u64 = 1;
+/// News of a user-mode network.
+const TOKEN_LINE: u64 = 2;
 
 /// How a turn of one direction ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +53,8 @@ enum Turn {
     Done,
     /// Frames wait, and the guest gives no buffers for them.
     NoBuffers,
+    /// Frames wait, and the back end has no room for them.
+    Full,
     /// The budget is used up.
     Budget,
     /// A limit is reached; go on at that time.
@@ -49,8 +66,9 @@ enum Turn {
 pub struct NetWorker {
     shared: Arc<Shared>,
     pair: u16,
-    fd: OwnedFd,
-    io: Option<BatchIo>,
+    link: Option<Arc<UserLink>>,
+    /// `None` before the loop runs, and while a user-mode network has no program.
+    io: Option<FrameIo>,
     rx: RxSide,
     tx: TxSide,
     /// Commands are read into this.
@@ -58,30 +76,43 @@ pub struct NetWorker {
     /// When a limited direction may go on.
     rx_at: Option<Instant>,
     tx_at: Option<Instant>,
+    metrics: PairMetrics,
+    rx_signals: Moderation,
+    tx_signals: Moderation,
+    /// Whether to be woken by frames, or to look for them later.
+    rest: Rest,
+    look_at: Option<Instant>,
 }
 
 impl NetWorker {
     /// The worker of queue pair `pair`.
     ///
     /// # Errors
-    /// There is no such pair, or the process is out of descriptors.
+    /// There is no such pair.
     pub fn new(shared: Arc<Shared>, pair: u16) -> anyhow::Result<Self> {
-        let fd =
-            shared.backend.queue(pair).ok_or_else(|| anyhow::anyhow!("no queue pair {pair}"))?;
-        let fd = fd.try_clone_to_owned()?;
+        let link = shared.backend.user_link();
+        anyhow::ensure!(
+            link.is_some() || shared.backend.queue(pair).is_some(),
+            "there is no queue pair {pair}"
+        );
         let metrics = shared.metrics.get(usize::from(pair)).cloned().unwrap_or_default();
         let rx = RxSide::new(shared.clone(), metrics.clone());
-        let tx = TxSide::new(shared.clone(), metrics);
+        let tx = TxSide::new(shared.clone(), metrics.clone());
         Ok(Self {
+            link,
             shared,
             pair,
-            fd,
             io: None,
             rx,
             tx,
             command: Vec::new(),
             rx_at: None,
             tx_at: None,
+            metrics,
+            rx_signals: Moderation::default(),
+            tx_signals: Moderation::default(),
+            rest: Rest::new(Instant::now()),
+            look_at: None,
         })
     }
 
@@ -89,13 +120,11 @@ impl NetWorker {
         self.pair.saturating_mul(2)
     }
 
-    /// The limits' timer: whichever direction may go on first.
+    /// The timer of limits and of signals held back: whatever is due first.
     fn set_timer(&self, cx: &mut Context) {
-        let first = match (self.rx_at, self.tx_at) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        };
-        cx.set_timer(first);
+        let signals = [self.rx_signals.due(), self.tx_signals.due()];
+        let all = [self.rx_at, self.tx_at, self.look_at].into_iter().chain(signals);
+        cx.set_timer(all.flatten().min());
     }
 
     fn receive(&mut self, index: u16, cx: &mut Context) -> Progress {
@@ -103,8 +132,20 @@ impl NetWorker {
             return Progress::Waiting;
         };
         self.rx_at = None;
-        match self.rx.turn(io, queue) {
-            Turn::Done => Progress::Waiting,
+        self.rx_signals.set(self.shared.coalescing(Flow::Rx), Coalescing::default(), queue);
+        let before = self.metrics.rx_frames.get();
+        let turn = self.rx.turn(io, queue);
+        let frames = self.metrics.rx_frames.get() - before;
+        self.rx_signals.after_turn(queue, frames);
+        if self.rx_signals.due().is_some() {
+            self.set_timer(cx);
+        }
+        self.check_connection(cx);
+        if turn == Turn::Done {
+            self.rest_or_not(frames, cx);
+        }
+        match turn {
+            Turn::Done | Turn::Full => Progress::Waiting,
             Turn::NoBuffers => Progress::Emptied,
             Turn::Budget => Progress::More,
             Turn::Limited(at) => {
@@ -120,13 +161,120 @@ impl NetWorker {
             return Progress::Waiting;
         };
         self.tx_at = None;
-        match self.tx.turn(io, queue) {
+        let ours = of_sent_frames(queue.size());
+        self.tx_signals.set(self.shared.coalescing(Flow::Tx), ours, queue);
+        let before = self.metrics.tx_frames.get();
+        let turn = self.tx.turn(io, queue);
+        self.tx_signals.after_turn(queue, self.metrics.tx_frames.get() - before);
+        if self.tx_signals.due().is_some() {
+            self.set_timer(cx);
+        }
+        self.check_connection(cx);
+        match turn {
             Turn::Done | Turn::NoBuffers => Progress::Emptied,
+            // Room is an event of the back end's descriptor.
+            Turn::Full => Progress::Waiting,
             Turn::Budget => Progress::More,
             Turn::Limited(at) => {
                 self.tx_at = Some(at);
                 self.set_timer(cx);
                 Progress::Waiting
+            }
+        }
+    }
+
+    /// The back end is empty after `frames` frames: decides how to hear of the next one.
+    fn rest_or_not(&mut self, frames: u64, cx: &mut Context) {
+        let Some(io) = self.io.as_ref().filter(|io| io.has_ring()) else { return };
+        let was_resting = self.rest.is_on();
+        self.look_at = self.rest.emptied(frames, Instant::now());
+        if self.look_at.is_some() {
+            self.set_timer(cx);
+        }
+        if self.rest.is_on() == was_resting {
+            return;
+        }
+        let mut events = self.room_events() | Events::EPOLLET;
+        if was_resting {
+            events |= Events::EPOLLIN;
+        }
+        // Frames that came meanwhile are an event at once.
+        if let Err(error) = cx.rewatch(io.raw_fd(), events, TOKEN_BACKEND) {
+            tracing::error!(device = %self.shared.name, %error, "cannot wait for frames");
+        }
+    }
+
+    /// What tells of room in the back end.
+    fn room_events(&self) -> Events {
+        if self.shared.backend.may_be_full() { Events::EPOLLOUT } else { Events::empty() }
+    }
+
+    /// Opens the way to a back end with a descriptor of its own for each pair.
+    fn open(&mut self, cx: &mut Context) -> std::io::Result<()> {
+        let fd = self.shared.backend.queue(self.pair).ok_or(std::io::ErrorKind::NotFound)?;
+        let fd = fd.try_clone_to_owned()?;
+        let io = BatchIo::new(fd.as_fd(), self.shared.plain_io);
+        self.use_io(FrameIo::Calls(fd, Box::new(io)), cx)
+    }
+
+    fn use_io(&mut self, io: FrameIo, cx: &mut Context) -> std::io::Result<()> {
+        let events = Events::EPOLLIN | Events::EPOLLET | self.room_events();
+        cx.watch(io.raw_fd(), events, TOKEN_BACKEND)?;
+        self.io = Some(io);
+        Ok(())
+    }
+
+    /// Goes on with a (new) connection to a user-mode network.
+    fn connect(&mut self, mut stream: Box<FrameStream>, cx: &mut Context) {
+        stream.set_header_size(header_size(self.shared.features()));
+        if let Err(error) = self.use_io(FrameIo::Stream(stream), cx) {
+            tracing::error!(device = %self.shared.name, %error, "cannot wait for the user-mode network");
+            return;
+        }
+        self.rx.set_readable();
+        cx.ask(self.rx_queue());
+        cx.ask(self.rx_queue() + 1);
+    }
+
+    /// Whether there is a user-mode network behind the cable now.
+    fn set_connected(&self, connected: bool) {
+        if let Some(link) = &self.link {
+            link.set_connected(connected);
+        }
+        self.shared.change_config(|config| config.set_status(S_LINK_UP, connected));
+    }
+
+    /// Pulls the cable when the connection to a user-mode network has ended.
+    fn check_connection(&mut self, cx: &mut Context) {
+        let Some(error) = self.io.as_mut().and_then(FrameIo::take_error) else { return };
+        tracing::warn!(device = %self.shared.name, %error, "the user-mode network is gone; the link is down until another one runs");
+        if let Some(io) = self.io.take() {
+            cx.unwatch(io.raw_fd());
+        }
+        self.set_connected(false);
+    }
+
+    /// The keeper of a user-mode network has news.
+    fn on_line(&mut self, cx: &mut Context) {
+        let Some(link) = self.link.clone() else { return };
+        while let Some(news) = link.news() {
+            match news {
+                News::Started(socket) => {
+                    if let Some(io) = self.io.take() {
+                        cx.unwatch(io.raw_fd());
+                    }
+                    self.connect(Box::new(FrameStream::new(socket)), cx);
+                    self.set_connected(true);
+                    tracing::info!(device = %self.shared.name, "a new user-mode network runs");
+                }
+                News::Failed(why) => {
+                    tracing::warn!(device = %self.shared.name, why, "cannot start a user-mode network");
+                }
+                News::KeeperEnded => {
+                    tracing::error!(device = %self.shared.name, "nobody is left to start a user-mode network");
+                    cx.unwatch(link.line().as_raw_fd());
+                    return;
+                }
             }
         }
     }
@@ -177,8 +325,14 @@ fn obey(shared: &Shared, command: &Command) -> bool {
             true
         }
         Command::GuestOffloads(offloads) => shared.set_guest_offloads(*offloads),
-        // Not offered, so never negotiated.
-        Command::CoalesceRx(_) | Command::CoalesceTx(_) => false,
+        Command::CoalesceRx(wish) => {
+            shared.set_coalescing(Flow::Rx, *wish);
+            true
+        }
+        Command::CoalesceTx(wish) => {
+            shared.set_coalescing(Flow::Tx, *wish);
+            true
+        }
         Command::MacAddr(mac) => {
             if let Err(error) = shared.backend.set_mac(*mac) {
                 tracing::warn!(device = %shared.name, %mac, %error, "the back end refuses this address");
@@ -206,10 +360,12 @@ fn change_filter(shared: &Shared, command: &Command) {
 
 impl QueueHandler for NetWorker {
     fn on_init(&mut self, cx: &mut Context) -> std::io::Result<()> {
-        let fd: RawFd = self.fd.as_raw_fd();
-        let borrowed: BorrowedFd<'_> = std::os::fd::AsFd::as_fd(&self.fd);
-        self.io = Some(BatchIo::new(borrowed, self.shared.plain_io));
-        cx.watch(fd, Events::EPOLLIN | Events::EPOLLET, TOKEN_BACKEND)
+        let Some(link) = self.link.clone() else { return self.open(cx) };
+        cx.watch(link.line().as_raw_fd(), Events::EPOLLIN, TOKEN_LINE)?;
+        if let Some(stream) = link.take() {
+            self.connect(stream, cx);
+        }
+        Ok(())
     }
 
     fn on_start(&mut self, index: u16, cx: &mut Context) {
@@ -218,6 +374,9 @@ impl QueueHandler for NetWorker {
             return;
         }
         let features = cx.queues.get(index).map_or(0, |q| q.features());
+        if let Some(FrameIo::Stream(stream)) = &mut self.io {
+            stream.set_header_size(header_size(features));
+        }
         if index == self.rx_queue() {
             self.rx.start(features);
             if self.shared.uses_pair(self.pair) {
@@ -238,9 +397,13 @@ impl QueueHandler for NetWorker {
             self.rx_at = None;
             if let Some(queue) = cx.queues.get(index) {
                 self.rx.stop(queue);
+                self.rx_signals.stop(queue);
             }
         } else {
             self.tx_at = None;
+            if let Some(queue) = cx.queues.get(index) {
+                self.tx_signals.stop(queue);
+            }
         }
         self.set_timer(cx);
     }
@@ -255,10 +418,16 @@ impl QueueHandler for NetWorker {
         }
     }
 
-    fn on_event(&mut self, token: u64, _events: Events, cx: &mut Context) {
-        if token == TOKEN_BACKEND {
+    fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
+        if token == TOKEN_LINE {
+            return self.on_line(cx);
+        }
+        if events != Events::EPOLLOUT {
             self.rx.set_readable();
             cx.ask(self.rx_queue());
+        }
+        if events.contains(Events::EPOLLOUT) && self.tx.take_full() {
+            cx.ask(self.rx_queue() + 1);
         }
     }
 
@@ -268,6 +437,29 @@ impl QueueHandler for NetWorker {
         }
         if self.tx_at.take().is_some() {
             cx.ask(self.rx_queue() + 1);
+        }
+        let now = Instant::now();
+        if self.look_at.is_some_and(|at| at <= now) {
+            self.look_at = None;
+            self.rx.set_readable();
+            cx.ask(self.rx_queue());
+        }
+        for (signals, index) in
+            [(&mut self.rx_signals, self.pair * 2), (&mut self.tx_signals, self.pair * 2 + 1)]
+        {
+            if let Some(queue) = cx.queues.get(index) {
+                signals.on_time(queue, now);
+            }
+        }
+        self.set_timer(cx);
+    }
+}
+
+impl Drop for NetWorker {
+    fn drop(&mut self) {
+        // The next guest goes on with the same connection.
+        if let (Some(link), Some(FrameIo::Stream(stream))) = (&self.link, self.io.take()) {
+            link.put_back(stream);
         }
     }
 }

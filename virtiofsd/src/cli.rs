@@ -275,7 +275,8 @@ pub struct IdArgs {
 #[command(next_help_heading = "Migration")]
 pub struct MigrationArgs {
     /// How the destination is told of an inode: by its path, or by its file handle (both sides must
-    /// share the same file system)
+    /// share the same file system). A destination takes file handles only with `file-handles`: they can
+    /// name files outside the shared directory too, so use it where the source's VMM is trusted
     #[arg(long, value_name = "MODE", default_value = "find-paths")]
     pub migration_mode: MigrationMode,
 

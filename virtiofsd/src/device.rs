@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
+use outboard_common::metrics::DeviceMetrics;
 use outboard_common::vhost_user::backend_channel::BackendChannel;
 use outboard_common::worker::EventLoop;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -18,9 +19,10 @@ use virtio_bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::dax::ChannelWindow;
+use crate::fuse::extension::Origin;
 use crate::fuse::{Extension, Limits, Server};
 use crate::slow_pool::{LockThreads, SlowPool};
-use crate::worker::FsWorker;
+use crate::worker::{FsWorker, Gauges};
 
 /// Bytes of a tag in configuration space; shorter tags end with NUL.
 pub const TAG_SIZE: usize = 36;
@@ -87,6 +89,8 @@ pub struct DeviceOptions {
     pub slow_threads: usize,
     /// For INIT.
     pub limits: Limits,
+    /// Where the device's queues are counted.
+    pub metrics: Arc<DeviceMetrics>,
 }
 
 /// A virtio-fs device in front of the file system `F`.
@@ -130,12 +134,12 @@ impl<F: Extension> FsDevice<F> {
         self.server.set_window(channel.map(|c| Arc::new(ChannelWindow::new(c)) as _));
     }
 
-    fn load_with(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
+    fn load_with(&self, from: &mut dyn Read, origin: Origin) -> anyhow::Result<()> {
         let mut started = [0];
         from.read_exact(&mut started).context("the saved state is empty")?;
         self.server.reset();
         if started != [0] {
-            let flags = self.server.file_system().load(from, fds)?;
+            let flags = self.server.file_system().load(from, origin)?;
             self.server.resume(Some(flags));
         }
         Ok(())
@@ -193,9 +197,15 @@ impl<F: Extension> Device for FsDevice<F> {
         usize::from(queue)
     }
 
-    fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
-        let worker =
-            FsWorker::new(self.server.clone(), self.pool.clone(), self.lock_threads.clone())?;
+    fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
+        // A queue has the worker of its number.
+        let gauges = Gauges::new(&self.options.metrics, u16::try_from(worker)?);
+        let worker = FsWorker::new(
+            self.server.clone(),
+            self.pool.clone(),
+            self.lock_threads.clone(),
+            gauges,
+        )?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))
     }
@@ -232,7 +242,7 @@ impl<F: Extension> Device for FsDevice<F> {
     }
 
     fn load(&self, from: &mut dyn Read) -> anyhow::Result<()> {
-        self.load_with(from, Vec::new())
+        self.load_with(from, Origin::Vmm)
     }
 
     fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
@@ -260,7 +270,7 @@ impl<F: Extension> Device for FsDevice<F> {
         }
         let mut file = File::from(fds.remove(0));
         file.seek(SeekFrom::Start(0))?;
-        self.load_with(&mut from.chain(file), fds)
+        self.load_with(&mut from.chain(file), Origin::Predecessor(fds))
     }
 }
 

@@ -195,6 +195,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
     let entered = confinement::enter(arguments, shared)?;
     let fs = PassthroughFs::new(config, entered.directory, entered.proc_self_fd)?;
+    let registry = Arc::new(Registry::new("virtiofsd"));
     let device = FsDevice::new(
         fs,
         DeviceOptions {
@@ -203,10 +204,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             request_queues: arguments.threads.num_request_queues,
             slow_threads: usize::from(arguments.threads.thread_pool_size),
             limits: Limits::default(),
+            metrics: registry.device(&name),
         },
     );
 
-    let registry = Arc::new(Registry::new("virtiofsd"));
     let options = SessionOptions::new(&arguments.socket, &arguments.threads.workers);
     let control = Arc::new(FsControl(device.server().clone()));
     let mut endpoint = Endpoint::new(Arc::new(device), transport, options).counted_in(&registry);

@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outboard_common::ring::Chain;
 use outboard_common::sys::EventFd;
@@ -36,10 +36,14 @@ pub struct Finished {
     pub outcome: Outcome,
     /// The number of a SETLKW that waited on a [`LockThreads`] thread.
     pub lock: Option<u64>,
+    /// When it was handed over.
+    pub begun: Instant,
     /// Bytes read from files.
     pub bytes_read: u64,
     /// Bytes written to files.
     pub bytes_written: u64,
+    /// How long it took, once begun.
+    pub took: Duration,
 }
 
 /// Where a worker gets its finished requests.
@@ -102,6 +106,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Job {
     chain: Box<Chain>,
     queue: u16,
+    begun: Instant,
     done: Arc<Mailbox>,
 }
 
@@ -154,7 +159,7 @@ impl<F: Extension> SlowPool<F> {
         if state.threads == 0 {
             return Err(chain);
         }
-        state.jobs.push_back(Job { chain, queue, done: done.clone() });
+        state.jobs.push_back(Job { chain, queue, begun: Instant::now(), done: done.clone() });
         drop(state);
         self.shared.work.notify_one();
         Ok(())
@@ -194,14 +199,18 @@ fn next<F>(shared: &Shared<F>) -> Option<Job> {
 }
 
 fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
+    let start = Instant::now();
     let outcome = server.handle(&mut job.chain, scratch, Wait::Allowed);
+    let took = start.elapsed();
     job.done.put(Finished {
         chain: job.chain,
         queue: job.queue,
+        begun: job.begun,
         outcome,
         lock: None,
         bytes_read: std::mem::take(&mut scratch.bytes_read),
         bytes_written: std::mem::take(&mut scratch.bytes_written),
+        took,
     });
 }
 
@@ -242,6 +251,7 @@ impl<F: Extension> LockThreads<F> {
         // Shared, so that it is not lost with a thread that cannot be made.
         let chain = Arc::new(Mutex::new(Some(chain)));
         let taken = chain.clone();
+        let begun = Instant::now();
         let body = move || {
             let taken = lock(&taken).take();
             if let Some(mut chain) = taken {
@@ -249,8 +259,16 @@ impl<F: Extension> LockThreads<F> {
                 let mut scratch = Scratch::default();
                 let outcome = server.handle(&mut chain, &mut scratch, Wait::ForLock);
                 running.fetch_sub(1, Ordering::Relaxed);
-                let lock = Some(unique);
-                done.put(Finished { chain, queue, outcome, lock, bytes_read: 0, bytes_written: 0 });
+                done.put(Finished {
+                    chain,
+                    queue,
+                    outcome,
+                    lock: Some(unique),
+                    begun,
+                    bytes_read: 0,
+                    bytes_written: 0,
+                    took: begun.elapsed(),
+                });
             }
         };
         match std::thread::Builder::new().name("lock".to_owned()).spawn(body) {

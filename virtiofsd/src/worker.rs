@@ -6,13 +6,21 @@
 //! is taken goes to a thread of its own ([`LockThreads`]); if there are too many, it stays here and is
 //! tried again by a timer, so that any number of waiting guests costs a few threads at most.
 //!
+//! Whether a name is in memory, or whether a write will be made to wait, the kernel does not tell beforehand.
+//! So the worker learns: when a batch took milliseconds, storage is slow at present ([`Pace`]), and requests
+//! that may wait for it go to the slow threads until these were fast with a row of them.
+//!
 //! Stopping a queue drains it: slow requests are waited for, waiting locks end with `EINTR`.
+//!
+//! Latencies are measured by the batch, with one look at the clock for each: whoever waits for a batch
+//! has its answer when the batch is published.
 
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use epoll::Events;
+use outboard_common::metrics::{DeviceMetrics, Gauge, Histogram};
 use outboard_common::ring::{Chain, Queue};
 use outboard_common::worker::{Context, Progress, QueueHandler};
 
@@ -30,10 +38,46 @@ const PUBLISH_AFTER_BYTES: u32 = 256 << 10;
 /// How often a waiting lock is tried, at first and at last.
 const LOCK_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
 
+/// How long an empty ring is looked at before the worker sleeps, while guests are that fast: about what
+/// sleeping and waking cost.
+const LINGER: Duration = Duration::from_micros(3);
+
+/// A batch of requests done at once that took so long waited for storage, a nanosecond for each byte moved
+/// taken off.
+const SLOW_BATCH: Duration = Duration::from_millis(2);
+/// A request that a slow thread did in this time need not have gone to it...
+const FAST_REQUEST: Duration = Duration::from_micros(200);
+/// ...and after so many in a row they no longer do.
+const FAST_ROW: u8 = 16;
+
 const TOKEN_MAILBOX: u64 = 1;
 
 /// Between two interruptions of those who wait for locks, until all are back.
 const INTERRUPT_AGAIN: Duration = Duration::from_millis(20);
+
+/// Whether storage is slow at present.
+#[derive(Debug, Default)]
+struct Pace {
+    slow: bool,
+    /// Requests in a row that slow threads did fast.
+    fast: u8,
+}
+
+impl Pace {
+    /// A batch that moved `bytes` of data took `time` on the worker's thread.
+    #[inline]
+    fn after_batch(&mut self, time: Duration, bytes: u64) {
+        if time > SLOW_BATCH && time - SLOW_BATCH > Duration::from_nanos(bytes) {
+            *self = Self { slow: true, fast: 0 };
+        }
+    }
+
+    /// A slow thread took `time` for a request.
+    fn after_slow_thread(&mut self, time: Duration) {
+        self.fast = if time <= FAST_REQUEST { self.fast.saturating_add(1) } else { 0 };
+        self.slow &= self.fast < FAST_ROW;
+    }
+}
 
 /// A SETLKW whose lock is taken, and that has no thread.
 #[derive(Debug)]
@@ -41,6 +85,24 @@ struct Waiting {
     chain: Box<Chain>,
     queue: u16,
     unique: u64,
+}
+
+/// What is shown of one queue beyond its counters.
+#[derive(Debug)]
+pub struct Gauges {
+    latency: Arc<Histogram>,
+    in_flight: Arc<Gauge>,
+}
+
+impl Gauges {
+    /// Those of queue `queue`, in a registry's `device`.
+    #[must_use]
+    pub fn new(device: &DeviceMetrics, queue: u16) -> Self {
+        let help = "Time from taking a batch of requests to its answers; waiting locks apart.";
+        let latency = device.latency("fs_request_seconds", help, Some(queue));
+        let help = "Requests that are with slow threads or wait for a lock.";
+        Self { latency, in_flight: device.gauge("fs_in_flight", help, Some(queue)) }
+    }
 }
 
 /// The worker of a queue.
@@ -63,6 +125,10 @@ pub struct FsWorker<F: Extension> {
     lock_threads: Arc<LockThreads<F>>,
     /// The SETLKW requests that wait on threads.
     lock_waits: Vec<u64>,
+    gauges: Gauges,
+    /// Requests that this worker answered itself and that are in no latency yet.
+    answered: u64,
+    pace: Pace,
 }
 
 impl<F: Extension> FsWorker<F> {
@@ -74,6 +140,7 @@ impl<F: Extension> FsWorker<F> {
         server: Arc<Server<F>>,
         pool: Arc<SlowPool<F>>,
         lock_threads: Arc<LockThreads<F>>,
+        gauges: Gauges,
     ) -> io::Result<Self> {
         Ok(Self {
             server,
@@ -88,6 +155,9 @@ impl<F: Extension> FsWorker<F> {
             lock_pause: LOCK_PAUSE.0,
             lock_threads,
             lock_waits: Vec::new(),
+            gauges,
+            answered: 0,
+            pace: Pace::default(),
         })
     }
 
@@ -98,6 +168,7 @@ impl<F: Extension> FsWorker<F> {
         let written = match self.server.handle(&mut self.chain, &mut self.scratch, Wait::Never) {
             Outcome::Done(written) => {
                 queue.push(&mut self.chain, written);
+                self.answered += 1;
                 written
             }
             Outcome::Slow => self.hand_over(queue),
@@ -167,6 +238,13 @@ impl<F: Extension> FsWorker<F> {
         self.locks.push(waiting);
     }
 
+    /// Counts the bytes of a batch, and takes note of how long it took.
+    fn end_batch(&mut self, queue: &Queue, took: Duration) {
+        let bytes = self.scratch.bytes_read.saturating_add(self.scratch.bytes_written);
+        self.pace.after_batch(took, bytes);
+        self.count_bytes(queue);
+    }
+
     fn count_bytes(&mut self, queue: &Queue) {
         let metrics = queue.metrics();
         metrics.bytes_read.add(std::mem::take(&mut self.scratch.bytes_read));
@@ -178,7 +256,10 @@ impl<F: Extension> FsWorker<F> {
         let mut finished = std::mem::take(&mut self.finished);
         for done in finished.drain(..) {
             self.away -= 1;
-            self.lock_waits.retain(|unique| done.lock != Some(*unique));
+            match done.lock {
+                Some(unique) => self.lock_waits.retain(|one| *one != unique),
+                None => self.pace.after_slow_thread(done.took),
+            }
             // A queue is there as long as one of its chains is away.
             let Some(queue) = cx.queues.get(done.queue) else { continue };
             self.scratch.bytes_read += done.bytes_read;
@@ -193,13 +274,26 @@ impl<F: Extension> FsWorker<F> {
                     self.settle(done.chain, outcome, queue);
                 }
             }
+            if done.lock.is_none() {
+                self.gauges.latency.record_since(done.begun, 1);
+            }
         }
         self.finished = finished;
-        self.arm_locks(cx);
+        self.rest(cx);
     }
 
-    /// Has waiting locks tried again soon.
-    fn arm_locks(&self, cx: &mut Context) {
+    /// Counts the batch that began at `begun` and is to be published; gives the begin of the next.
+    #[inline]
+    fn count_batch(&mut self, begun: Instant) -> Instant {
+        match std::mem::take(&mut self.answered) {
+            0 => begun,
+            answered => self.gauges.latency.record_since(begun, answered),
+        }
+    }
+
+    /// Before the loop is left: shows what is not done yet, and has waiting locks tried again soon.
+    fn rest(&self, cx: &mut Context) {
+        self.gauges.in_flight.set((self.away + self.locks.len()) as u64);
         if !self.locks.is_empty() {
             cx.set_timer(Some(Instant::now() + self.lock_pause));
         }
@@ -258,24 +352,35 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
 
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
+        let start = Instant::now();
+        // With DAX, such requests may need an answer of the VMM's, which only the worker can put off.
+        self.scratch.storage_is_slow =
+            self.pace.slow && self.server.file_system().dax_window() == 0;
         let (mut replies, mut bytes) = (0, 0);
+        let mut begun = start;
+        let mut progress = Progress::More;
         for _ in 0..BUDGET {
             if !queue.pop(&mut self.chain) {
-                self.count_bytes(queue);
-                self.arm_locks(cx);
-                return Progress::Emptied;
+                progress = Progress::Emptied;
+                break;
             }
             let Some(written) = self.serve(queue) else { break };
             bytes += written;
             replies += 1;
             if replies >= PUBLISH_AFTER_REPLIES || bytes >= PUBLISH_AFTER_BYTES {
                 queue.publish();
+                begun = self.count_batch(begun);
                 (replies, bytes) = (0, 0);
             }
         }
-        self.count_bytes(queue);
-        self.arm_locks(cx);
-        Progress::More
+        let done = self.count_batch(begun);
+        self.end_batch(queue, done.duration_since(start));
+        self.rest(cx);
+        progress
+    }
+
+    fn linger(&self) -> Duration {
+        LINGER
     }
 
     fn on_event(&mut self, token: u64, _events: Events, cx: &mut Context) {
@@ -294,7 +399,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
             self.settle(chain, outcome, queue);
         }
         self.lock_pause = pause;
-        self.arm_locks(cx);
+        self.rest(cx);
     }
 }
 
@@ -302,5 +407,32 @@ impl<F: Extension> Drop for FsWorker<F> {
     fn drop(&mut self) {
         // Chains with slow threads point into memory that the queues keep mapped, and these go next.
         self.drain(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn storage_is_slow_until_slow_threads_are_fast_in_a_row() {
+        let (slow, fast) = (Duration::from_millis(3), Duration::from_micros(50));
+        let mut pace = Pace::default();
+        pace.after_batch(fast, 0);
+        // Three milliseconds are little for four megabytes.
+        pace.after_batch(slow, 4 << 20);
+        assert!(!pace.slow);
+        pace.after_batch(slow, 4096);
+        assert!(pace.slow);
+        for _ in 0..FAST_ROW - 1 {
+            pace.after_slow_thread(fast);
+        }
+        pace.after_slow_thread(slow);
+        assert!(pace.slow);
+        for _ in 0..FAST_ROW {
+            assert!(pace.slow);
+            pace.after_slow_thread(fast);
+        }
+        assert!(!pace.slow);
     }
 }

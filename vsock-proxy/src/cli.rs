@@ -7,7 +7,8 @@ use clap::{Args, Parser};
 use outboard_common::capabilities::Capabilities;
 use outboard_common::cli::values::{Size, socket_path};
 use outboard_common::cli::{
-    CapabilitiesArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs, SocketChoice, WorkerArgs,
+    CapabilitiesArgs, HandoverArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs, SocketChoice,
+    WorkerArgs,
 };
 
 use crate::config::{
@@ -26,6 +27,9 @@ pub struct VsockArgs {
     /// Where the front end comes, with one VM.
     #[command(flatten)]
     pub connection: SocketArgs,
+    /// Where a newer proxy takes over.
+    #[command(flatten)]
+    pub handover: HandoverArgs,
     /// The VM, if there is one.
     #[command(flatten)]
     pub single: SingleArgs,

@@ -387,6 +387,15 @@ impl Connection {
         if self.takes_data() { self.credit.available() } else { 0 }
     }
 
+    /// The next packet of a message with `rest` bytes left, for a buffer with `room` bytes: how many of
+    /// them it takes, and whether the message ends with it.
+    #[must_use]
+    pub fn piece(&self, rest: usize, room: usize) -> (usize, bool) {
+        let credit = usize::try_from(self.sendable()).unwrap_or(usize::MAX);
+        let len = rest.min(room).min(credit);
+        (len, len == rest)
+    }
+
     /// The guest's whole receive buffer, bytes.
     #[must_use]
     pub fn guest_buf_alloc(&self) -> u32 {

@@ -1,8 +1,9 @@
 //! What the proxy counts beside the queues' own counters.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use outboard_common::metrics::{Counter, DeviceMetrics, Gauge};
+use outboard_common::metrics::{Counter, DeviceMetrics, Gauge, Histogram};
 
 /// One VM's counters; its worker writes them.
 #[derive(Debug, Clone)]
@@ -19,6 +20,7 @@ pub struct Counters {
     /// Connections ended since somebody did not answer.
     pub(crate) timeouts: Arc<Counter>,
     open: Arc<Gauge>,
+    connect: Arc<Histogram>,
 }
 
 impl Counters {
@@ -34,11 +36,22 @@ impl Counters {
             violations: counter("vsock_violations_total", "Connections ended for what a guest did"),
             timeouts: counter("vsock_timeouts_total", "Connections ended for want of an answer"),
             open: device.gauge("vsock_connections", "Connections that exist", None),
+            connect: device.latency(
+                "vsock_connect_seconds",
+                "Time from asking for a connection to its being there, either way",
+                None,
+            ),
         }
     }
 
     /// `change` connections more exist.
     pub(crate) fn open(&self, change: i64) {
         self.open.set(self.open.get().saturating_add_signed(change));
+    }
+
+    /// A connection that was asked for at `begun` is there.
+    pub(crate) fn connected(&self, begun: Instant) {
+        let time = begun.elapsed().as_nanos();
+        self.connect.record(u64::try_from(time).unwrap_or(u64::MAX));
     }
 }

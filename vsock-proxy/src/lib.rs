@@ -35,13 +35,13 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use outboard_common::admin::{AdminSockets, Control, ControlError};
 use outboard_common::cli::SocketChoice;
-use outboard_common::daemon::{self, Endpoint, RunOptions};
+use outboard_common::daemon::{self, RunOptions};
+use outboard_common::handover::{Handover, TakenOver};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
 use outboard_common::sandbox::landlock::{Access, PathRules};
 use outboard_common::sandbox::seccomp::{Filter, lists};
 use outboard_common::sandbox::{self, CapabilitySet, Plan};
-use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
 
 use crate::cli::{Served, VsockArgs};
@@ -54,13 +54,15 @@ use crate::sibling::Siblings;
 const OPEN_FILES: u64 = 1 << 17;
 
 /// Serves what `args` ask for until it is told to leave. The start-up order of the house: arguments →
-/// log → open → sockets → sandbox → threads → serve.
+/// log → take over → open → sockets → sandbox → threads → serve.
 ///
 /// # Errors
 /// The operator's mistakes, before anything is served; and what the system refuses.
 pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
     let vms = args.vms()?;
     logging::init(&args.log, "vsock-proxy")?;
+    let handover_socket = args.handover.handover_socket.as_deref();
+    let mut taken = handover_socket.map(TakenOver::from).transpose()?.unwrap_or_default();
     let registry = Arc::new(Registry::new("vsock-proxy"));
     let siblings = Arc::new(Siblings::default());
     let options = SessionOptions::new(&args.connection, &args.worker);
@@ -68,17 +70,17 @@ pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
     for vm in &vms {
         let counters = Counters::of(&registry.device(&VsockDevice::name_of(&vm.config)));
         let device = VsockDevice::new(vm.config.clone(), siblings.clone(), counters)?;
-        let transport = Transport::open(&vm.socket)?;
-        let endpoint = Endpoint::new(Arc::new(device), transport, options.clone());
+        let endpoint = taken.endpoint(Arc::new(device), &vm.socket, options.clone())?;
         endpoints.push(endpoint.counted_in(&registry));
     }
+    let handover = handover_socket.map(Handover::listen).transpose()?;
     let admin = AdminSockets::bind(args.metrics.metrics_socket.as_deref(), None)?;
     if !args.sandbox.no_sandbox {
         sandbox::enter(&plan(args, &vms)).context("sandbox")?;
     }
     let admin = admin.serve(registry, Arc::new(NothingToSet))?;
     outboard_common::footprint::give_back_startup_memory();
-    let served = daemon::run(endpoints, RunOptions::default());
+    let served = daemon::run(endpoints, RunOptions { handover, ..RunOptions::default() });
     if let Some(admin) = admin {
         admin.join();
     }
@@ -88,8 +90,9 @@ pub fn run(args: &VsockArgs) -> anyhow::Result<()> {
 /// What the proxy locks itself into: its sockets' directories, and the calls it makes.
 fn plan(args: &VsockArgs, vms: &[Served]) -> Plan {
     let mut paths = PathRules::none();
-    let metrics = args.metrics.metrics_socket.as_deref().map(directory);
-    for path in vms.iter().flat_map(directories).chain(metrics) {
+    let own = [&args.metrics.metrics_socket, &args.handover.handover_socket];
+    let own = own.into_iter().flatten().map(|path| directory(path));
+    for path in vms.iter().flat_map(directories).chain(own) {
         paths = paths.allow(path, Access::Sockets);
     }
     let mut calls = vec![

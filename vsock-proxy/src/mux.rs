@@ -89,13 +89,15 @@ enum Side {
 struct Live {
     key: Key,
     connection: Connection,
+    /// When it was asked for.
+    begun: Instant,
     /// `None` while it is dialled, and after it is over.
     stream: Option<HostStream>,
     side: Side,
     on_accept: OnAccept,
     held: Option<Box<Held>>,
-    /// A message of a seqpacket client that goes to the guest piece by piece, and how much went.
-    message: Option<(Vec<u8>, usize)>,
+    /// A message that goes to the guest piece by piece.
+    message: Option<Message>,
     /// A read may find something.
     readable: bool,
     /// No more will come from the writer than there is.
@@ -114,6 +116,16 @@ struct Live {
     /// The state machine's time-out that `deadline` was made from.
     timeout: Option<Duration>,
     deadline: Option<Instant>,
+}
+
+/// A message on its way to the guest.
+#[derive(Debug)]
+struct Message {
+    bytes: Vec<u8>,
+    /// How much went.
+    sent: usize,
+    /// Those of the packet with its end.
+    flags: u32,
 }
 
 /// A client of the host that has not said what it wants.
@@ -266,6 +278,7 @@ impl Mux {
         slot.state = State::Live(Box::new(Live {
             key,
             connection,
+            begun: Instant::now(),
             stream: None,
             side: Side::Ready,
             on_accept,

@@ -151,7 +151,8 @@ pub const SHUTDOWN_SEND: u32 = 2;
 pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RCV | SHUTDOWN_SEND;
 /// RW of a seqpacket socket: the message ends here.
 pub const SEQ_EOM: u32 = 1;
-/// RW of a seqpacket socket: the record ends here (MSG_EOR). A host's Unix socket cannot carry it.
+/// RW of a seqpacket socket: the record ends here (MSG_EOR). It goes between guests and to AF_VSOCK; Linux
+/// keeps none on Unix sockets.
 pub const SEQ_EOR: u32 = 2;
 
 /// A packet's header as it lies in memory.

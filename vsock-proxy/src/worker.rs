@@ -16,6 +16,7 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use crate::device::{EVENT_QUEUE, Listeners, RX_QUEUE, TX_QUEUE};
 use crate::host::accept;
 use crate::mux::Mux;
+use crate::packet::HEADER_SIZE;
 
 /// Tokens of the worker's own descriptors; those of connections are below.
 const TOKEN_OWN: u64 = 1 << 60;
@@ -92,7 +93,8 @@ impl VsockWorker {
             if !queue.pop(&mut self.chain) {
                 return Progress::Emptied;
             }
-            queue.metrics().bytes_read.add(self.chain.readable.len() as u64);
+            let payload = self.chain.readable.len().saturating_sub(HEADER_SIZE);
+            queue.metrics().bytes_read.add(payload as u64);
             self.mux.on_packet(&mut self.chain.readable, cx);
             if let Some(queue) = cx.queues.get(TX_QUEUE) {
                 queue.push(&mut self.chain, 0);

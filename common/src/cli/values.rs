@@ -50,6 +50,21 @@ pub enum ValueError {
     PathNul,
 }
 
+/// Splits a description (`KEY=VALUE,KEY=VALUE`) at single commas; two commas are one in the text.
+#[must_use]
+pub fn split_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(last) = parts.last_mut() {
+            last.push(c);
+        }
+    }
+    parts
+}
+
 /// A number of bytes: `512`, `64K`, `1M`, `2G`, `1T`, in powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "TextOrNumber", into = "u64")]

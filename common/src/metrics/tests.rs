@@ -43,6 +43,16 @@ fn the_buckets_are_powers_of_two() {
 }
 
 #[test]
+fn the_requests_of_a_batch_are_counted_with_one_look_at_the_clock() {
+    let histogram = Histogram::default();
+    let begun = Instant::now() - std::time::Duration::from_secs(1);
+    let now = histogram.record_since(begun, 16);
+    assert_eq!(histogram.snapshot().count(), 16);
+    let elapsed = u64::try_from((now - begun).as_nanos()).unwrap();
+    assert_eq!(histogram.snapshot().mean_ns(), Some(elapsed));
+}
+
+#[test]
 fn percentiles_of_a_stretch_of_time() {
     let histogram = Histogram::default();
     assert_eq!(histogram.snapshot().percentile_ns(50), None);

@@ -93,6 +93,24 @@ impl IoVecs {
         self.len += len;
     }
 
+    /// As [`Self::push`], but with `joins` a range that begins where the last one ends becomes part of it:
+    /// the kernel then has fewer ranges to walk. Only for ranges of one mapping.
+    ///
+    /// # Safety
+    /// As [`Self::push`].
+    #[inline]
+    pub(crate) unsafe fn push_joined(&mut self, base: *mut u8, len: usize, joins: bool) {
+        debug_assert!(self.tail_adjust == 0 && self.end == self.entries.len());
+        match self.entries.last_mut() {
+            Some(last) if joins && last.iov_base.wrapping_byte_add(last.iov_len) == base.cast() => {
+                last.iov_len += len;
+                self.len += len;
+            }
+            // SAFETY: handed on from the caller.
+            _ => unsafe { self.push(base, len) },
+        }
+    }
+
     /// Bytes left.
     #[inline]
     #[must_use]

@@ -14,6 +14,7 @@
 //! The front end owns this memory, so what is read from it is range-checked like a guest's.
 #![allow(unsafe_code, reason = "raw access to the shared inflight region")]
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
 
@@ -30,6 +31,8 @@ const SPLIT_HEADER: usize = 16;
 const SPLIT_STATE: usize = 16;
 const PACKED_HEADER: usize = 32;
 const PACKED_STATE: usize = 32;
+/// The mark of a chain in flight, with the padding byte after it.
+const MARK: u16 = u16::from_ne_bytes([1, 0]);
 
 /// Bytes that one queue of `size` needs.
 #[must_use]
@@ -42,9 +45,38 @@ pub fn region_size(size: u16, packed: bool) -> usize {
 /// One queue's region.
 #[derive(Debug, Clone)]
 pub struct InflightRegion {
-    map: Arc<MmapRegion>,
-    offset: usize,
+    /// Keeps `base` mapped.
+    _map: Arc<MmapRegion>,
+    base: *mut u8,
     len: usize,
+}
+
+// SAFETY: the pointer is into shared memory that `_map` keeps, whatever thread the value is on.
+unsafe impl Send for InflightRegion {}
+
+/// An entry of the packed record, found to be within the region.
+#[derive(Clone, Copy)]
+struct PackedEntry<'a> {
+    words: *mut u64,
+    _region: PhantomData<&'a InflightRegion>,
+}
+
+impl PackedEntry<'_> {
+    #[inline]
+    fn load(self, word: usize) -> u64 {
+        assert!(word < PACKED_STATE / 8, "a word of the entry");
+        // SAFETY: within the entry, which `InflightRegion::packed_entry` checked; entries are aligned.
+        unsafe { self.words.wrapping_add(word).read_volatile() }
+    }
+
+    #[inline]
+    fn store(self, word: usize, value: u64) {
+        #[cfg(test)]
+        super::fault::before_store();
+        assert!(word < PACKED_STATE / 8, "a word of the entry");
+        // SAFETY: as in `load`.
+        unsafe { self.words.wrapping_add(word).write_volatile(value) };
+    }
 }
 
 impl InflightRegion {
@@ -54,7 +86,11 @@ impl InflightRegion {
     pub fn of_queue(map: &Arc<MmapRegion>, index: u16, size: u16, packed: bool) -> Option<Self> {
         let len = region_size(size, packed);
         let offset = len.checked_mul(usize::from(index))?;
-        (offset.checked_add(len)? <= map.size()).then(|| Self { map: map.clone(), offset, len })
+        (offset.checked_add(len)? <= map.size()).then(|| Self {
+            _map: map.clone(),
+            base: map.as_ptr().wrapping_add(offset),
+            len,
+        })
     }
 
     /// Blanks the record, so that whoever starts the ring next begins where the front end says: the
@@ -79,7 +115,14 @@ impl InflightRegion {
     #[inline]
     fn at(&self, offset: usize, size: usize) -> *mut u8 {
         assert!(offset + size <= self.len, "inflight access within the region");
-        self.map.as_ptr().wrapping_add(self.offset + offset)
+        self.base.wrapping_add(offset)
+    }
+
+    /// The entry at `offset`, which one check finds to be within the region as a whole.
+    #[inline]
+    fn packed_entry(&self, offset: usize) -> PackedEntry<'_> {
+        let words = self.at(offset, PACKED_STATE).cast();
+        PackedEntry { words, _region: PhantomData }
     }
 
     #[inline]
@@ -225,14 +268,32 @@ pub(super) struct PackedAgain {
 /// old_used_wrap_counter @21; per descriptor: inflight @0, next @2, last @4, num @6, counter @8,
 /// id @16, flags @18, len @20, addr @24.
 ///
-/// The two used positions share one aligned word, so each change of them is one store.
+/// Neighbouring fields are stored together, as one aligned word: the two used positions, the two free
+/// heads, a chain's mark with its lengths, and half a descriptor. A crash falls between words, never
+/// into one.
 #[derive(Debug)]
 pub(super) struct PackedInflight {
     region: InflightRegion,
     size: u16,
     counter: u64,
+    /// What the region's free_head says; nobody else writes it while we live.
+    free_head: u16,
+    /// The used position shown last, which is what both of the region's say between batches.
+    shown: Position,
     /// Heads completed since the last publish.
     batch: Vec<u16>,
+}
+
+/// Four fields of 16 bits as the word that stands for them in memory.
+#[inline]
+fn word(fields: [u16; 4]) -> u64 {
+    zerocopy::transmute!(fields)
+}
+
+/// The four fields of such a word.
+#[inline]
+fn fields(word: u64) -> [u16; 4] {
+    zerocopy::transmute!(word)
 }
 
 impl PackedInflight {
@@ -243,29 +304,37 @@ impl PackedInflight {
         size: u16,
         ring: &PackedRing,
     ) -> (Self, Option<(Position, u16)>, Vec<PackedAgain>) {
-        let mut this = Self { region, size, counter: 0, batch: Vec::new() };
+        let shown = ring.used_position();
+        let mut this = Self { region, size, counter: 0, free_head: 0, shown, batch: Vec::new() };
         if this.region.load::<u16>(8) != VERSION || this.region.load::<u16>(10) != size {
-            this.initialise(ring.used_position());
+            this.initialise();
             return (this, None, Vec::new());
         }
         this.settle_last_batch(ring);
         let (again, outstanding) = this.collect();
-        let (used, _) = this.positions();
+        (this.shown, _) = this.positions();
+        let used = this.shown;
         (this, Some((used, outstanding)), again)
     }
 
-    fn initialise(&mut self, used: Position) {
+    fn initialise(&mut self) {
         for i in 0..self.size {
             self.region.store(self.state(i), 0u8);
             self.region.store(self.state(i) + 2, (i + 1) % self.size);
         }
         self.region.store(10, self.size);
-        for at in [12, 14] {
-            self.region.store(at, 0u16);
-        }
-        self.store_positions(used, used);
+        self.store_free_heads(0);
+        self.store_positions(self.shown, self.shown);
         crash_order();
         self.region.store(8, VERSION);
+    }
+
+    /// free_head and old_free_head.
+    #[inline]
+    fn store_free_heads(&mut self, head: u16) {
+        self.free_head = head;
+        let heads: u32 = zerocopy::transmute!([head, head]);
+        self.region.store(12, heads);
     }
 
     /// used_idx and old_used_idx with their wrap counters, in one store.
@@ -360,14 +429,12 @@ impl PackedInflight {
 
     /// Threads the free list anew through every entry that no chain holds, so that a crash in the
     /// middle of taking or giving back leaks none.
-    fn rebuild_free_list(&self, busy: &[bool]) {
+    fn rebuild_free_list(&mut self, busy: &[bool]) {
         let free: Vec<u16> = (0..self.size).filter(|&i| !busy[usize::from(i)]).collect();
         for pair in free.windows(2) {
             self.region.store(self.state(pair[0]) + 2, pair[1]);
         }
-        let head = free.first().copied().unwrap_or(0);
-        self.region.store(12, head);
-        self.region.store(14, head);
+        self.store_free_heads(free.first().copied().unwrap_or(0));
     }
 
     fn descriptor(&self, entry: u16) -> PackedDescriptor {
@@ -384,28 +451,29 @@ impl PackedInflight {
     /// The mark is the commit point: before it the chain is still the ring's to give, after it ours.
     #[inline]
     pub(super) fn take(&mut self, count: u16, descriptor: impl Fn(u16) -> PackedDescriptor) -> u16 {
-        let head = bounded(self.region.load::<u16>(12), self.size);
-        let head_at = self.state(head);
-        let (mut entry, mut last) = (head, head);
+        let head = self.free_head;
+        let first = self.region.packed_entry(self.state(head));
+        let (mut entry, mut last, mut second) = (head, head, head);
         for i in 0..count {
             let d = descriptor(i);
-            let at = self.state(entry);
-            self.region.store(at + 16, d.id);
-            self.region.store(at + 18, d.flags);
-            self.region.store(at + 20, d.len);
-            self.region.store(at + 24, d.addr);
+            let cell = self.region.packed_entry(self.state(entry));
+            let [len_low, len_high]: [u16; 2] = zerocopy::transmute!(d.len);
+            cell.store(2, word([d.id, d.flags, len_low, len_high]));
+            cell.store(3, d.addr);
             last = entry;
-            entry = self.next(entry);
+            let [_, next, _, _] = fields(cell.load(0));
+            entry = bounded(next, self.size);
+            if i == 0 {
+                second = entry;
+            }
         }
-        self.region.store(head_at + 4, last);
-        self.region.store(head_at + 6, count);
-        self.region.store(head_at + 8, self.counter);
+        first.store(1, self.counter);
+        crash_order();
+        // The mark, and with it `next` as it was.
+        first.store(0, word([MARK, second, last, count]));
+        crash_order();
         self.counter = self.counter.wrapping_add(1);
-        crash_order();
-        self.region.store(head_at, 1u8);
-        crash_order();
-        self.region.store(12, entry);
-        self.region.store(14, entry);
+        self.store_free_heads(entry);
         head
     }
 
@@ -416,9 +484,8 @@ impl PackedInflight {
         crash_order();
         // Other chains may have come back to the list since.
         let last = bounded(self.region.load::<u16>(state + 4), self.size);
-        self.region.store(self.state(last) + 2, self.region.load::<u16>(12));
-        self.region.store(12, bounded(head, self.size));
-        self.region.store(14, bounded(head, self.size));
+        self.region.store(self.state(last) + 2, self.free_head);
+        self.store_free_heads(bounded(head, self.size));
     }
 
     /// The chain at `head` is done; it counts as in flight until it is shown.
@@ -430,14 +497,17 @@ impl PackedInflight {
     /// Before the batch is shown; `used` is the position after it.
     #[inline]
     pub(super) fn publishing(&mut self, used: Position) {
+        let mut free = self.free_head;
         for &head in &self.batch {
             let last = bounded(self.region.load::<u16>(self.state(head) + 4), self.size);
-            self.region.store(self.state(last) + 2, self.region.load::<u16>(12));
-            self.region.store(12, bounded(head, self.size));
+            self.region.store(self.state(last) + 2, free);
+            free = head;
         }
+        self.free_head = free;
+        self.region.store(12, free);
         crash_order();
-        let (_, old) = self.positions();
-        self.store_positions(used, old);
+        self.store_positions(used, self.shown);
+        self.shown = used;
         crash_order();
     }
 
@@ -451,8 +521,7 @@ impl PackedInflight {
         }
         self.batch = batch;
         crash_order();
-        self.region.store(14, self.region.load::<u16>(12));
-        let (used, _) = self.positions();
-        self.store_positions(used, used);
+        self.region.store(14, self.free_head);
+        self.store_positions(self.shown, self.shown);
     }
 }

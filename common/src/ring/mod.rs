@@ -109,6 +109,9 @@ pub struct Queue {
     /// Chains popped and not pushed.
     in_flight: u32,
     retired: Option<RingError>,
+    /// Signals are held back, and one is.
+    held: bool,
+    owed: bool,
     metrics: Arc<QueueMetrics>,
 }
 
@@ -396,6 +399,30 @@ impl Queue {
             self.log_ring();
         }
         if signal {
+            self.owed = true;
+            if !self.held {
+                self.signal_now();
+            }
+        }
+    }
+
+    /// Holds signals to the driver back, or no longer does: its used entries are shown all the same.
+    /// One that is owed goes out with [`Self::signal_now`].
+    pub fn hold_signals(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// Whether a signal was held back.
+    #[inline]
+    #[must_use]
+    pub fn owes_signal(&self) -> bool {
+        self.owed
+    }
+
+    /// Signals the driver if that was held back.
+    #[inline]
+    pub fn signal_now(&mut self) {
+        if std::mem::take(&mut self.owed) {
             self.metrics.signals.add(1);
             self.call.signal();
         }

@@ -121,6 +121,8 @@ impl QueueSetup {
             sequence: 0,
             in_flight: 0,
             retired: None,
+            held: false,
+            owed: false,
             metrics: self.metrics,
         })
     }

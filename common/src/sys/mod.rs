@@ -2,6 +2,8 @@
 
 mod event_fd;
 mod inherited;
+mod wait;
 
 pub use event_fd::EventFd;
 pub use inherited::inherited_fd;
+pub use wait::epoll_wait_for;

@@ -295,9 +295,12 @@ impl GuestMemory {
             let offset = addr - region.info.guest_addr;
             let n = left.min(region.info.size - offset);
             let Ok(n_host) = usize::try_from(n) else { return false };
+            let host = region.at(offset);
+            // What is before a region's start, if anything, is another region's.
+            let joins = offset > 0;
             // SAFETY: offset + n lies within the mapped region, which lives as long as this table;
             // the queue that made the chain keeps the table until the chain is pushed.
-            unsafe { out.push(region.at(offset), n_host) };
+            unsafe { out.push_joined(host, n_host, joins) };
             left -= n;
             let Some(next) = addr.checked_add(n) else { return left == 0 };
             addr = next;

@@ -6,6 +6,17 @@
 //! look after unmuting found nothing. A handler that leaves chains in the ring on purpose (receive
 //! queues) says [`Progress::Waiting`] and is not asked again before a kick or an event of its own.
 //!
+//! The loop goes in rounds: whatever happened, each queue gets one turn a round at the most, and one
+//! that is refilled while it is emptied gets its next turn in the next round. So queues with work share
+//! the thread evenly, and a driver that keeps one of them full holds up neither the others nor the
+//! session.
+//!
+//! A handler may have the loop linger ([`QueueHandler::linger`]): a ring just emptied is looked at a little
+//! longer before the driver is asked to kick again. Going to sleep and waking costs a thread some
+//! microseconds of CPU time, so a shorter look is the cheaper way if the next chain comes in time. Whether it
+//! does is learnt ([`Linger`]); a driver that is slower is looked at in vain once in 32 times. Such a queue
+//! gets up to [`Linger::ROW`] turns in a round.
+//!
 //! With busy-polling on, an idle loop spins over `has_available` and a non-blocking `epoll_wait` for
 //! as long as recent spins found work, at most the set time, before it sleeps.
 
@@ -18,7 +29,7 @@ use epoll::{ControlOptions, Event, Events};
 
 use super::{Command, Control};
 use crate::ring::Queue;
-use crate::sys::EventFd;
+use crate::sys::{EventFd, epoll_wait_for};
 
 /// What a handler left behind in a queue after a kick.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,6 +167,12 @@ pub trait QueueHandler: Send {
     /// The driver added chains to queue `index` (or may have). The loop publishes afterwards.
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress;
 
+    /// How long at most a ring just emptied is looked at before the loop sleeps, if that was worth it
+    /// lately. Zero: not at all.
+    fn linger(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// Something happened on a watched descriptor. The loop publishes all queues afterwards.
     fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
         let _ = (token, events, cx);
@@ -167,15 +184,74 @@ pub trait QueueHandler: Send {
     }
 }
 
+/// Whether the next chain comes so soon that looking for it is cheaper than sleeping.
+#[derive(Debug, Default)]
+struct Linger {
+    /// Looks that were worth it, less those in vain; 0 to [`Self::MAX_CREDIT`].
+    credit: u8,
+    /// Chances let pass since the last look, when there is no credit.
+    passed: u8,
+}
+
+impl Linger {
+    const MAX_CREDIT: u8 = 8;
+    /// Without credit, one chance in so many is taken, to learn whether the driver became faster.
+    const PROBE: u8 = 32;
+    /// Looks in a row before other events get their turn.
+    const ROW: u8 = 32;
+
+    /// Whether to look this time.
+    fn chance(&mut self) -> bool {
+        if self.credit > 0 {
+            return true;
+        }
+        self.passed = (self.passed + 1) % Self::PROBE;
+        self.passed == 0
+    }
+
+    /// Takes note of how a look ended.
+    fn learn(&mut self, worth: bool) {
+        self.credit = match worth {
+            true => (self.credit + 1).min(Self::MAX_CREDIT),
+            false => self.credit.saturating_sub(1),
+        };
+    }
+
+    /// Looks at `queue` for `time` at the most; whether a chain came.
+    fn look(&mut self, queue: &Queue, time: Duration) -> bool {
+        if !self.chance() {
+            return false;
+        }
+        let start = Instant::now();
+        let found = loop {
+            // The clock is the dearest part of a round.
+            if (0..8).any(|_| {
+                std::hint::spin_loop();
+                queue.has_available()
+            }) {
+                break true;
+            }
+            if start.elapsed() >= time {
+                break false;
+            }
+        };
+        self.learn(found);
+        found
+    }
+}
+
 /// An epoll loop around a handler.
 #[derive(Debug)]
 pub struct EventLoop<H> {
     handler: H,
     cx: Context,
+    /// Queues that get a turn in this round; empty between rounds.
+    round: Vec<u16>,
     /// Kicks registered, to be removed when the queue stops.
     kicks: Vec<(u16, RawFd)>,
     /// Spinning: how long the next one may last, adapted to success.
     spin: Duration,
+    linger: Linger,
 }
 
 /// Events taken from the kernel at once.
@@ -189,7 +265,14 @@ impl<H: QueueHandler> EventLoop<H> {
     pub fn new(handler: H) -> io::Result<Self> {
         let epoll = epoll::create(true)?;
         let cx = Context { queues: Queues::default(), epoll, deadline: None, again: Vec::new() };
-        Ok(Self { handler, cx, kicks: Vec::new(), spin: Duration::ZERO })
+        Ok(Self {
+            handler,
+            cx,
+            round: Vec::new(),
+            kicks: Vec::new(),
+            spin: Duration::ZERO,
+            linger: Linger::default(),
+        })
     }
 
     /// Serves until the session is over. The whole life of a worker's thread.
@@ -241,7 +324,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 if let Some(queue) = self.cx.queues.get(index) {
                     queue.metrics().kicks.add(1);
                 }
-                self.kick(index);
+                self.cx.ask(index);
             } else {
                 outside = true;
                 self.handler.on_event(token, Events::from_bits_truncate(bits), &mut self.cx);
@@ -250,7 +333,9 @@ impl<H: QueueHandler> EventLoop<H> {
         if outside {
             self.publish_all();
         }
-        for index in std::mem::take(&mut self.cx.again) {
+        // Whoever asks from here on is served in the next round.
+        std::mem::swap(&mut self.round, &mut self.cx.again);
+        while let Some(index) = self.round.pop() {
             self.kick(index);
         }
         if self.cx.deadline.is_some_and(|d| d <= Instant::now()) {
@@ -267,9 +352,11 @@ impl<H: QueueHandler> EventLoop<H> {
         }
     }
 
-    /// Lets the handler empty queue `index`.
+    /// Gives the handler a turn of queue `index`, and another while lingering finds work. What is left,
+    /// or the driver added meanwhile, gets a turn in the next round.
     fn kick(&mut self, index: u16) {
-        loop {
+        let linger = self.handler.linger();
+        for _ in 0..Linger::ROW {
             let Some(queue) = self.cx.queues.get(index) else { return };
             queue.disable_notifications();
             let progress = self.handler.on_kick(index, &mut self.cx);
@@ -278,17 +365,18 @@ impl<H: QueueHandler> EventLoop<H> {
             let Some(queue) = self.cx.queues.get(index) else { return };
             match progress {
                 Progress::Waiting => return,
-                Progress::More => {
-                    self.cx.ask(index);
+                Progress::More => break,
+                Progress::Emptied => {}
+            }
+            if linger.is_zero() || !self.linger.look(queue, linger) {
+                if !queue.enable_notifications() {
                     return;
                 }
-                Progress::Emptied => {
-                    if !queue.enable_notifications() {
-                        return;
-                    }
-                }
+                queue.disable_notifications();
+                break;
             }
         }
+        self.cx.ask(index);
     }
 
     fn command(&mut self, command: Command) {
@@ -424,16 +512,53 @@ impl Drop for Context {
     }
 }
 
-/// `epoll_wait` with an optional time-out, rounded up to milliseconds; an interrupted wait is an
-/// empty one.
+/// `epoll_wait` with an optional time-out; an interrupted wait is an empty one. A kernel that knows
+/// only milliseconds waits a little longer.
 fn wait_for(epoll: RawFd, timeout: Option<Duration>, events: &mut [Event]) -> io::Result<usize> {
-    let millis = match timeout {
-        None => -1,
-        Some(t) => i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
+    let millis = |t: Duration| i32::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
+    let result = match timeout {
+        None => epoll::wait(epoll, -1, events),
+        Some(Duration::ZERO) => epoll::wait(epoll, 0, events),
+        Some(t) => match epoll_wait_for(epoll, t, events) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => {
+                epoll::wait(epoll, millis(t), events)
+            }
+            result => result,
+        },
     };
-    match epoll::wait(epoll, millis, events) {
+    match result {
         Ok(n) => Ok(n),
         Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
         Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_are_worth_it_or_become_rare() {
+        let mut linger = Linger::default();
+        // A driver that is never fast: one look in 32 chances.
+        let looks = (0..320).filter(|_| {
+            let look = linger.chance();
+            if look {
+                linger.learn(false);
+            }
+            look
+        });
+        assert_eq!(looks.count(), 10);
+        // One that has become fast is looked at each time, and forgiven some slow answers.
+        while !linger.chance() {}
+        for _ in 0..100 {
+            linger.learn(true);
+            assert!(linger.chance());
+        }
+        let forgiven = (0..100).take_while(|_| {
+            linger.learn(false);
+            linger.chance()
+        });
+        assert_eq!(forgiven.count(), usize::from(Linger::MAX_CREDIT) - 1);
     }
 }

@@ -62,6 +62,8 @@ pub struct DaemonSpec {
     pub metrics: PathBuf,
     /// Where its log goes.
     pub log: PathBuf,
+    /// Where a newer process takes over from it.
+    pub handover: PathBuf,
 }
 
 /// The daemons of a pod, one a device, in the order of [`Pod::device_names`].
@@ -84,10 +86,15 @@ pub fn daemons(pod: &Pod, layout: &Layout) -> Vec<DaemonSpec> {
 
 fn spec(layout: &Layout, name: &str, kind: Kind, own: Vec<OsString>) -> DaemonSpec {
     let (socket, metrics) = (layout.socket(name), layout.metrics(name));
-    let mut arguments =
-        vec![option("--socket-path", &socket), option("--metrics-socket", &metrics)];
+    let handover = layout.handover(name);
+    let mut arguments = vec![
+        option("--socket-path", &socket),
+        option("--metrics-socket", &metrics),
+        option("--handover-socket", &handover),
+    ];
     arguments.extend(own);
-    DaemonSpec { name: name.to_owned(), kind, arguments, socket, metrics, log: layout.log(name) }
+    let log = layout.log(name);
+    DaemonSpec { name: name.to_owned(), kind, arguments, socket, metrics, log, handover }
 }
 
 fn option(name: &str, value: impl AsRef<Path>) -> OsString {
@@ -199,11 +206,11 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "virtiofsd --socket-path=/r/d.sock --metrics-socket=/r/d.metrics --shared-dir=/d \
+                "virtiofsd --socket-path=/r/d.sock --metrics-socket=/r/d.metrics --handover-socket=/r/d.handover --shared-dir=/d \
                  --tag=work --cache=never --readonly",
-                "vhost-user-blk --socket-path=/r/i.sock --metrics-socket=/r/i.metrics \
+                "vhost-user-blk --socket-path=/r/i.sock --metrics-socket=/r/i.metrics --handover-socket=/r/i.handover \
                  --blk-file=/a,,b,name=i,format=qcow2,readonly=on,iops=10240:20480,bps=1048576:104858",
-                "vhost-user-blk --socket-path=/r/n.sock --metrics-socket=/r/n.metrics \
+                "vhost-user-blk --socket-path=/r/n.sock --metrics-socket=/r/n.metrics --handover-socket=/r/n.handover \
                  --blk-file=/dev/x,name=n,format=raw,cache=direct --poll-us=7",
             ]
         );

@@ -64,7 +64,8 @@ impl RunDir {
         for daemon in daemons {
             // A log of the pod's last run would be taken for this one's.
             let _ = fs::remove_file(&daemon.log);
-            files.extend([&daemon.socket, &daemon.metrics, &daemon.log].map(Clone::clone));
+            let own = [&daemon.socket, &daemon.metrics, &daemon.log, &daemon.handover];
+            files.extend(own.map(Clone::clone));
         }
         Ok(Self { layout: layout.clone(), files, _lock: lock })
     }

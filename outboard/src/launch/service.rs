@@ -29,6 +29,8 @@ const LOG_TAIL: usize = 400;
 pub(super) struct Service {
     pub(super) spec: DaemonSpec,
     child: Option<Child>,
+    /// A newer process, while it takes over from `child`.
+    successor: Option<Child>,
     started: Instant,
     started_at: u64,
     restarts: u32,
@@ -36,6 +38,19 @@ pub(super) struct Service {
     backoff: Duration,
     /// When it shall be started again.
     due: Option<Instant>,
+    upgrades: u32,
+    failed_upgrades: u32,
+}
+
+/// What became of a daemon since the last look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum News {
+    /// It ended.
+    Ended(ExitStatus),
+    /// A newer process serves its guest now.
+    Upgraded,
+    /// The newer process ended without that; the old one goes on.
+    NotUpgraded(ExitStatus),
 }
 
 impl Service {
@@ -43,17 +58,44 @@ impl Service {
         Self {
             spec,
             child: None,
+            successor: None,
             started: Instant::now(),
             started_at: 0,
             restarts: 0,
             last_exit: None,
             backoff: BACKOFF_FIRST,
             due: None,
+            upgrades: 0,
+            failed_upgrades: 0,
         }
     }
 
     /// Starts the process.
     pub(super) fn start(&mut self, bin_dir: &Path) -> Result<()> {
+        let child = self.spawn(bin_dir)?;
+        self.serves_now(child);
+        self.due = None;
+        Ok(())
+    }
+
+    /// Starts a newer process, which takes the guest over from the running one; false if there is
+    /// nothing to take over.
+    pub(super) fn upgrade(&mut self, bin_dir: &Path) -> Result<bool> {
+        if self.child.is_none() || self.successor.is_some() {
+            return Ok(false);
+        }
+        let started = self.spawn(bin_dir).inspect_err(|_| self.failed_upgrades += 1)?;
+        self.successor = Some(started);
+        Ok(true)
+    }
+
+    fn serves_now(&mut self, child: Child) {
+        self.child = Some(child);
+        self.started = Instant::now();
+        self.started_at = state::now();
+    }
+
+    fn spawn(&self, bin_dir: &Path) -> Result<Child> {
         let spec = &self.spec;
         let program = bin_dir.join(spec.kind.program());
         let log = OpenOptions::new()
@@ -70,13 +112,8 @@ impl Service {
             .stderr(log)
             // Ctrl-C in the terminal is for the launcher, which stops the daemons after the VMM.
             .process_group(0);
-        let child = spawn(&mut command)
-            .with_context(|| format!("cannot start {} for {}", program.display(), spec.name))?;
-        self.child = Some(child);
-        self.started = Instant::now();
-        self.started_at = state::now();
-        self.due = None;
-        Ok(())
+        spawn(&mut command)
+            .with_context(|| format!("cannot start {} for {}", program.display(), spec.name))
     }
 
     /// Whether VMM and watchers can come.
@@ -84,11 +121,25 @@ impl Service {
         readiness::all_listening(&[&self.spec.socket, &self.spec.metrics])
     }
 
-    /// How the process ended, if it did since the last call.
-    pub(super) fn ended(&mut self) -> Option<ExitStatus> {
-        let status = self.child.as_mut()?.try_wait().ok()??;
-        self.child = None;
-        Some(status)
+    /// What happened since the last call.
+    pub(super) fn news(&mut self) -> Option<News> {
+        // The successor first: one that ends just after it took over is the daemon that ended.
+        let successor = exited(&mut self.successor);
+        match (exited(&mut self.child), successor) {
+            (Some(_), None) if self.successor.is_some() => {
+                self.upgrades += 1;
+                if let Some(successor) = self.successor.take() {
+                    self.serves_now(successor);
+                }
+                Some(News::Upgraded)
+            }
+            (Some(status), _) => Some(News::Ended(status)),
+            (None, Some(status)) => {
+                self.failed_upgrades += 1;
+                Some(News::NotUpgraded(status))
+            }
+            (None, None) => None,
+        }
     }
 
     /// Plans the next start after the process ended; gives the wait.
@@ -118,19 +169,20 @@ impl Service {
     }
 
     pub(super) fn signal(&self, signal: Signal) {
-        if let Some(child) = &self.child {
-            // Not waited for yet (`ended` takes those that are), so the number is still its own.
+        for child in self.child.iter().chain(&self.successor) {
+            // Not waited for yet (`news` takes those that are), so the number is still its own.
             let _ = kill_process(Pid::from_child(child), signal);
         }
     }
 
     pub(super) fn is_running(&mut self) -> bool {
-        matches!(self.child.as_mut().map(Child::try_wait), Some(Ok(None)))
+        let mut processes = self.child.iter_mut().chain(&mut self.successor);
+        processes.any(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     /// Ends it by force, if it still runs.
     pub(super) fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
+        for mut child in self.child.take().into_iter().chain(self.successor.take()) {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -155,8 +207,17 @@ impl Service {
             last_exit: self.last_exit.clone(),
             socket: self.spec.socket.clone(),
             metrics: self.spec.metrics.clone(),
+            upgrades: self.upgrades,
+            failed_upgrades: self.failed_upgrades,
         }
     }
+}
+
+/// How a process ended, once; then it is gone from `child`.
+fn exited(child: &mut Option<Child>) -> Option<ExitStatus> {
+    let status = child.as_mut()?.try_wait().ok()??;
+    *child = None;
+    Some(status)
 }
 
 #[cfg(test)]
@@ -175,6 +236,7 @@ mod tests {
             socket: "/s".into(),
             metrics: "/m".into(),
             log: "/l".into(),
+            handover: "/h".into(),
         };
         let mut service = Service::new(spec);
         let killed = ExitStatus::from_raw(9);

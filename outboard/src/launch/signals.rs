@@ -7,13 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
-/// SIGTERM and SIGINT (stop), SIGCHLD (look at the children).
+/// SIGTERM, SIGINT and SIGHUP (stop; the last is a terminal that was closed), SIGUSR1 (start the daemons
+/// anew), SIGCHLD (look at the children).
 #[derive(Debug)]
 pub(super) struct Wakes {
     receiver: UnixStream,
     stop: Arc<AtomicBool>,
+    upgrade: Arc<AtomicBool>,
 }
 
 impl Wakes {
@@ -21,20 +23,27 @@ impl Wakes {
     pub(super) fn new() -> io::Result<Self> {
         let (receiver, sender) = UnixStream::pair()?;
         receiver.set_nonblocking(true)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGTERM, SIGINT] {
+        let (stop, upgrade) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        for (signal, flag) in
+            [(SIGTERM, &stop), (SIGINT, &stop), (SIGHUP, &stop), (SIGUSR1, &upgrade)]
+        {
             // The flag before the wake-up, so that whoever wakes sees it.
-            signal_hook::flag::register(signal, stop.clone())?;
+            signal_hook::flag::register(signal, Arc::clone(flag))?;
         }
-        for signal in [SIGTERM, SIGINT, SIGCHLD] {
+        for signal in [SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGCHLD] {
             signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
         }
-        Ok(Self { receiver, stop })
+        Ok(Self { receiver, stop, upgrade })
     }
 
     /// Whether somebody asked the launcher to stop.
     pub(super) fn stop(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Whether somebody asked for the daemons to be started anew since the last call.
+    pub(super) fn take_upgrade(&self) -> bool {
+        self.upgrade.swap(false, Ordering::SeqCst)
     }
 
     /// Sleeps until a signal came, or for `most`.

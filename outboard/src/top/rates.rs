@@ -5,7 +5,19 @@ use std::time::Duration;
 use outboard_common::metrics::{HistogramSnapshot, Snapshot, Value};
 
 /// Words in the names of counters that count what was lost or refused.
-const LOSSES: [&str; 6] = ["dropped", "failed", "malformed", "refused", "spoofed", "violations"];
+const LOSSES: [&str; 9] = [
+    "dropped",
+    "failed",
+    "limited",
+    "lost",
+    "malformed",
+    "refused",
+    "spoofed",
+    "unsegmented",
+    "violations",
+];
+/// What counters of frames end with: a frame may fill many of a ring's chains, or a chain wait empty.
+const FRAMES: &str = "_frames_total";
 
 /// What a device does, per second.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -14,7 +26,7 @@ pub(super) struct Rates {
     pub(super) to_guest: f64,
     /// Bytes from the guest: what it writes or sends.
     pub(super) from_guest: f64,
-    /// Requests.
+    /// Requests; of a network card, frames both ways.
     pub(super) requests: f64,
     /// Half of the requests took at most this, in nanoseconds; `None`: not measured, or none came.
     pub(super) p50_ns: Option<u64>,
@@ -32,6 +44,7 @@ struct Totals {
     written: u64,
     read: u64,
     requests: u64,
+    frames: Option<u64>,
     drops: u64,
     depth: Option<u64>,
     latency: Option<HistogramSnapshot>,
@@ -57,6 +70,9 @@ impl Totals {
 
     fn add(&mut self, name: &str, value: &Value) {
         match value {
+            Value::Counter(count) if name.ends_with(FRAMES) => {
+                self.frames = Some(self.frames.unwrap_or(0).wrapping_add(*count));
+            }
             Value::Counter(count) if LOSSES.iter().any(|word| name.contains(word)) => {
                 self.drops = self.drops.wrapping_add(*count);
             }
@@ -77,6 +93,12 @@ impl Totals {
     }
 }
 
+impl Totals {
+    fn work(&self) -> u64 {
+        self.frames.unwrap_or(self.requests)
+    }
+}
+
 impl Rates {
     /// What happened in the `time` between two looks. A daemon that was restarted between them has
     /// counted from zero.
@@ -91,17 +113,26 @@ impl Rates {
             None => latency.clone(),
         });
         let percentile = |percent| latency.as_ref().and_then(|l| l.percentile_ns(percent));
-        // Little's law: what is in progress is the time spent in progress, per time.
+        // Little's law: what is in progress is the time spent in progress, per time. Where only some
+        // requests are timed, or those count that take long, the gauge says more.
         let from_latency = latency.as_ref().map(|l| count(l.sum_ns) / 1e9 / seconds);
         Self {
             to_guest: rate(now.written, then.written),
             from_guest: rate(now.read, then.read),
-            requests: rate(now.requests, then.requests),
+            requests: rate(now.work(), then.work()),
             p50_ns: percentile(50),
             p99_ns: percentile(99),
-            depth: now.depth.map(count).or(from_latency),
+            depth: greater(now.depth.map(count), from_latency),
             drops: now.drops,
         }
+    }
+}
+
+/// The greater one of those that there are.
+fn greater(a: Option<f64>, b: Option<f64>) -> Option<f64> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.max(b)),
+        (one, other) => one.or(other),
     }
 }
 
@@ -142,6 +173,22 @@ mod tests {
         assert_eq!(rates.drops, 4);
         assert_eq!(rates.p50_ns, Some(1 << 27), "the one before is not counted");
         assert_eq!(rates.depth, Some(0.5), "ten of 100 ms in two seconds");
+    }
+
+    #[test]
+    fn a_network_cards_requests_are_its_frames() {
+        let registry = Registry::new("test");
+        let device = registry.device("d");
+        let received = device.counter("net_rx_frames_total", "help", Some(0));
+        let sent = device.counter("net_tx_frames_total", "help", Some(1));
+        let before = registry.snapshot();
+        // A driver that gave 256 empty buffers at once, and got three frames in four of them.
+        device.queue(0).requests.add(256);
+        received.add(3);
+        sent.add(2);
+        device.counter("net_rx_unsegmented_total", "help", Some(0)).add(1);
+        let rates = Rates::between(&before, &registry.snapshot(), SECOND);
+        assert_eq!((rates.requests, rates.drops), (5.0, 1));
     }
 
     #[test]

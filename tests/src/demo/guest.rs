@@ -84,7 +84,7 @@ pub(super) fn show(
     let job = job("demo", devices)?
         .set("SECONDS_EACH", SECONDS_EACH)
         .set("BULK_BYTES", &vsock_host::BULK_BYTES.to_string());
-    let guest = boot(root, vmm, devices, &job, false)?;
+    let guest = boot(root, vmm, devices, &job, false, stop)?;
     let followed = follow(guest, stop);
     let (figures, vsock_outcome) = match vsock {
         Some(host) => host.finish(),
@@ -109,11 +109,12 @@ pub(super) fn keep(
     stop: &AtomicBool,
 ) -> Result<()> {
     let terminal = Terminal::save();
-    let mut guest = boot(root, vmm, devices, &job("demo-shell", devices)?, true)?;
+    let mut guest = boot(root, vmm, devices, &job("demo-shell", devices)?, true, stop)?;
     while !guest.has_ended()? {
         not_stopped(stop)?;
         sleep(POLL);
     }
+    not_stopped(stop)?;
     drop(guest);
     drop(terminal);
     Ok(())
@@ -143,6 +144,7 @@ fn boot(
     devices: &Devices,
     job: &Job,
     interactive: bool,
+    stop: &AtomicBool,
 ) -> Result<RunningGuest> {
     let sockets =
         devices.running().iter().map(|(kind, daemon)| (daemon.socket(), kind.virtio_id()));
@@ -155,6 +157,7 @@ fn boot(
         }
         Vmm::Qemu => {
             let accelerator = QemuGuest::best_accelerator(root);
+            not_stopped(stop)?;
             progress(&format!("booting QEMU with {accelerator}"));
             let guest = QemuGuest::new(root).accelerator(accelerator);
             let guest = sockets.fold(guest, |guest, (path, id)| guest.device(path, id));
@@ -168,7 +171,9 @@ fn follow(mut guest: RunningGuest, stop: &AtomicBool) -> Result<GuestResult> {
     let started = Instant::now();
     let mut lines_seen = 0;
     loop {
+        // Before the guest's end: Ctrl-C in a terminal ends the guest too.
         let ended = guest.has_ended()?;
+        not_stopped(stop)?;
         let console = guest.console();
         // Without the part after the last line end, which may still grow.
         let lines = console.rsplit_once('\n').map_or("", |(whole, _)| whole).lines();
@@ -188,7 +193,6 @@ fn follow(mut guest: RunningGuest, stop: &AtomicBool) -> Result<GuestResult> {
         if ended || started.elapsed() > TIMEOUT {
             return guest.wait(TIMEOUT);
         }
-        not_stopped(stop)?;
         sleep(POLL);
     }
 }

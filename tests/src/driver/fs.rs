@@ -18,8 +18,6 @@ use crate::memory::GuestRam;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Room for a request without data, bytes.
 const REQUEST_ROOM: u64 = 4096;
-/// Room for data, in either direction, bytes.
-pub const DATA_ROOM: u64 = 1 << 20;
 /// Room for the fixed part of a reply, bytes.
 const REPLY_ROOM: u64 = 4096;
 const IN_HEADER: usize = 40;
@@ -122,6 +120,41 @@ impl Answer {
     }
 }
 
+/// How large a client is.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    /// Request queues.
+    pub queues: u16,
+    /// Requests at a time, altogether.
+    pub depth: usize,
+    /// Entries of each ring; a request has at most so many buffers.
+    pub ring: u16,
+    /// Room for a request's data, in either direction, bytes.
+    pub data: u64,
+    /// Neighbouring pages of a request's data change places, so that none follows the one before it in
+    /// memory.
+    pub scattered: bool,
+}
+
+impl Size {
+    /// `queues` request queues, `depth` requests of up to 1 MiB at a time.
+    #[must_use]
+    pub const fn new(queues: u16, depth: usize) -> Self {
+        Self { queues, depth, ring: 512, data: 1 << 20, scattered: false }
+    }
+
+    fn slot(&self) -> u64 {
+        REQUEST_ROOM + REPLY_ROOM + 2 * self.data
+    }
+
+    /// Bytes of memory that rings, their indirect tables and all slots take, and some more.
+    fn memory(&self) -> u64 {
+        let ring = u64::from(self.ring);
+        let rings = u64::from(self.queues + 1) * (16 * ring * ring + 64 * ring);
+        (self.depth as u64 * self.slot() + rings + (1 << 20)).next_multiple_of(2 << 20)
+    }
+}
+
 /// A mounted guest, so to speak: queue 0 is the high-priority queue, requests go to the others.
 #[derive(Debug)]
 pub struct FsClient {
@@ -129,10 +162,19 @@ pub struct FsClient {
     pub front_end: FrontEnd,
     /// The queues.
     pub queues: Vec<GuestQueue>,
+    /// The largest WRITE that INIT allowed, bytes.
+    pub max_write: u32,
+    /// The largest request that INIT allowed, pages of 4 KiB.
+    pub max_pages: u16,
     ram: Arc<GuestRam>,
     slots: u64,
-    depth: usize,
+    size: Size,
     unique: u64,
+    /// By slot: the reply's payload goes to the room for data.
+    data_comes: Vec<bool>,
+    /// Working space for a message and for its buffers.
+    bytes: Vec<u8>,
+    buffers: Vec<Buffer>,
 }
 
 impl FsClient {
@@ -142,7 +184,15 @@ impl FsClient {
     /// # Errors
     /// The daemon does not play along.
     pub fn start(socket: &Path, queues: u16, depth: usize) -> Result<Self> {
-        let mut client = Self::attach(socket, queues, depth)?;
+        Self::start_sized(socket, Size::new(queues, depth))
+    }
+
+    /// As [`Self::start`], of any size.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_sized(socket: &Path, size: Size) -> Result<Self> {
+        let mut client = Self::attach(socket, size)?;
         client.init()?;
         Ok(client)
     }
@@ -157,26 +207,36 @@ impl FsClient {
         depth: usize,
         policy: ShmemPolicy,
     ) -> Result<(Self, BackendChannel)> {
-        let mut client = Self::attach(socket, queues, depth)?;
+        let mut client = Self::attach(socket, Size::new(queues, depth))?;
         let channel = client.front_end.open_backend_channel(policy)?;
         ensure!(!client.front_end.get_shmem_config()?.is_empty(), "no window is offered");
         client.init()?;
         Ok((client, channel))
     }
 
-    fn attach(socket: &Path, queues: u16, depth: usize) -> Result<Self> {
+    fn attach(socket: &Path, size: Size) -> Result<Self> {
         let mut front_end = FrontEnd::connect(socket)?;
-        let slot = REQUEST_ROOM + REPLY_ROOM + 2 * DATA_ROOM;
-        let ram = GuestRam::new((depth as u64 * slot + (16 << 20)).next_multiple_of(2 << 20))?;
+        let ram = GuestRam::new(size.memory())?;
         let attach = AttachOptions {
-            queues: queues + 1,
-            queue_size: 256,
+            queues: size.queues + 1,
+            queue_size: size.ring,
             inflight: false,
             ..AttachOptions::new(RingFormat::Split)
         };
         let (queues, _) = front_end.attach(&ram, &attach)?;
-        let slots = ram.alloc(depth as u64 * slot, 4096)?;
-        Ok(Self { front_end, queues, ram, slots, depth, unique: 2 })
+        Ok(Self {
+            front_end,
+            queues,
+            max_write: 0,
+            max_pages: 0,
+            slots: ram.alloc(size.depth as u64 * size.slot(), 4096)?,
+            ram,
+            unique: 2,
+            data_comes: vec![false; size.depth],
+            size,
+            bytes: Vec::new(),
+            buffers: Vec::new(),
+        })
     }
 
     fn init(&mut self) -> Result<()> {
@@ -184,19 +244,22 @@ impl FsClient {
         let mut body = [7u32, 45, 1 << 20, flags, u32::MAX].as_bytes().to_vec();
         body.resize(64, 0);
         let answer = self.call(Message { opcode: op::INIT, body, ..Message::default() })?;
-        ensure!(answer.errno == 0, "INIT: errno {}", answer.errno);
+        // From struct fuse_init_out: 5 words, max_write, time_gran, max_pages, map_alignment.
+        let out: [u32; 8] = answer.get().context("INIT")?;
+        self.max_write = out[5];
+        self.max_pages = u16::try_from(out[7] & 0xffff)?;
         Ok(())
     }
 
     fn slot(&self, slot: usize) -> u64 {
-        self.slots + slot as u64 * (REQUEST_ROOM + REPLY_ROOM + 2 * DATA_ROOM)
+        self.slots + slot as u64 * self.size.slot()
     }
 
     /// Where slot `slot`'s data come from (WRITE), then where they go to (READ).
     #[must_use]
     pub fn data_at(&self, slot: usize) -> (u64, u64) {
         let at = self.slot(slot) + REQUEST_ROOM + REPLY_ROOM;
-        (at, at + DATA_ROOM)
+        (at, at + self.size.data)
     }
 
     /// Guest memory.
@@ -209,25 +272,29 @@ impl FsClient {
     /// is the caller's.
     ///
     /// # Errors
-    /// The ring is full.
+    /// The ring is full, or the data do not fit into a slot.
     pub fn add(&mut self, queue: usize, slot: usize, message: &Message) -> Result<u64> {
+        let data = u64::from(message.data_out.max(message.data_in));
+        ensure!(data <= self.size.data && slot < self.size.depth, "more than there is room for");
         self.unique += 2;
         let len = u32::try_from(IN_HEADER + message.body.len())? + message.data_out;
-        let mut bytes = Vec::with_capacity(IN_HEADER + message.body.len());
-        bytes.extend([len, message.opcode].as_bytes());
-        bytes.extend([self.unique, message.nodeid].as_bytes());
-        bytes.extend([0u32; 4].as_bytes());
-        bytes.extend(&message.body);
+        self.bytes.clear();
+        self.bytes.extend([len, message.opcode].as_bytes());
+        self.bytes.extend([self.unique, message.nodeid].as_bytes());
+        self.bytes.extend([0u32; 4].as_bytes());
+        self.bytes.extend(&message.body);
         let request = self.slot(slot);
-        self.ram.write(request, &bytes);
-        let header = u32::try_from(IN_HEADER)?;
-        let mut buffers = vec![Buffer::readable(request, header)];
+        self.ram.write(request, &self.bytes);
+        let (from, to) = self.data_at(slot);
+        let buffers = &mut self.buffers;
+        buffers.clear();
+        buffers.push(Buffer::readable(request, u32::try_from(IN_HEADER)?));
         if !message.body.is_empty() {
             let at = request + IN_HEADER as u64;
             buffers.push(Buffer::readable(at, u32::try_from(message.body.len())?));
         }
-        let (from, to) = self.data_at(slot);
-        pages(message.data_out, |at, n| buffers.push(Buffer::readable(from + at, n)));
+        let page = |at| if self.size.scattered { at ^ u64::from(PAGE) } else { at };
+        pages(message.data_out, |at, n| buffers.push(Buffer::readable(from + page(at), n)));
         if queue > 0 {
             let reply = request + REQUEST_ROOM;
             buffers.push(Buffer::writable(reply, OUT_HEADER));
@@ -235,13 +302,14 @@ impl FsClient {
                 let rest = u32::try_from(REPLY_ROOM)? - OUT_HEADER;
                 buffers.push(Buffer::writable(reply + u64::from(OUT_HEADER), rest));
             }
-            pages(message.data_in, |at, n| buffers.push(Buffer::writable(to + at, n)));
+            pages(message.data_in, |at, n| buffers.push(Buffer::writable(to + page(at), n)));
         }
+        self.data_comes[slot] = message.data_in > 0;
         let ring = self.queues.get_mut(queue).context("no such queue")?;
         let added = if buffers.len() > 2 {
-            ring.add_indirect(&buffers, slot as u64)?
+            ring.add_indirect(buffers, slot as u64)?
         } else {
-            ring.add(&buffers, slot as u64)
+            ring.add(buffers, slot as u64)
         };
         ensure!(added, "the ring is full");
         Ok(self.unique)
@@ -253,12 +321,15 @@ impl FsClient {
     /// The header's length is not that of the used entry.
     pub fn answer(&self, slot: usize, used: u32) -> Result<Answer> {
         let at = self.slot(slot) + REQUEST_ROOM;
-        let reply = self.ram.bytes(at, usize::try_from(REPLY_ROOM)?);
-        let (len, rest) = u32::read_from_prefix(&reply).ok().context("a reply")?;
+        let mut head = [0u8; OUT_HEADER as usize];
+        self.ram.read(at, &mut head);
+        let (len, rest) = u32::read_from_prefix(&head).ok().context("a reply")?;
         let (error, _) = i32::read_from_prefix(rest).ok().context("a reply")?;
         ensure!(len == used, "the header says {len} bytes, the ring {used}");
-        let end = usize::try_from(len)?.min(reply.len());
-        let body = reply.get(usize::try_from(OUT_HEADER)?..end).unwrap_or(&[]).to_vec();
+        let end =
+            if self.data_comes[slot] { OUT_HEADER } else { len.min(u32::try_from(REPLY_ROOM)?) };
+        let body = usize::try_from(end.saturating_sub(OUT_HEADER))?;
+        let body = self.ram.bytes(at + u64::from(OUT_HEADER), body);
         Ok(Answer { errno: -error, len, body })
     }
 
@@ -270,6 +341,17 @@ impl FsClient {
         self.add(1, 0, &message)?;
         self.queues[1].kick();
         let used = self.queues[1].wait(PATIENCE)?;
+        self.answer(0, used.len)
+    }
+
+    /// As [`Self::call`], by spinning: for benchmarks.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn call_spinning(&mut self, message: &Message) -> Result<Answer> {
+        self.add(1, 0, message)?;
+        self.queues[1].kick();
+        let used = self.queues[1].poll_used(PATIENCE)?;
         self.answer(0, used.len)
     }
 
@@ -312,7 +394,7 @@ impl FsClient {
         count: usize,
         mut make: impl FnMut(usize) -> Message,
     ) -> Result<()> {
-        ensure!(depth <= self.depth, "more at a time than there is room for");
+        ensure!(depth <= self.size.depth, "more at a time than there is room for");
         let (mut sent, mut done) = (0, 0);
         let mut free: Vec<usize> = (0..depth).collect();
         while done < count {

@@ -126,14 +126,25 @@ pub fn for_job(root: &ToolRoot, job: &Job) -> Result<Vec<u8>> {
     for (name, text) in job.files("qemu")? {
         archive.file(&format!("job/{name}"), text.as_bytes());
     }
+    for (name, path) in job.programs() {
+        // Where the root's loader sees it too.
+        let copy = tempfile::NamedTempFile::new()?;
+        fs::copy(path, copy.path())?;
+        copy_libraries(root, &copy.path().to_string_lossy(), &mut archive)?;
+        archive.file(&format!("job/{name}"), &fs::read(path)?);
+    }
     archive.link("init", "job/init");
     Ok(archive.finish())
 }
 
 /// Copies a program with its loader and every library it is linked with.
 fn copy_program(root: &ToolRoot, program: &str, archive: &mut Archive) -> Result<()> {
-    const LOADER: &str = "/usr/lib64/ld-linux-x86-64.so.2";
     copy_file(root, program, archive)?;
+    copy_libraries(root, program, archive)
+}
+
+fn copy_libraries(root: &ToolRoot, program: &str, archive: &mut Archive) -> Result<()> {
+    const LOADER: &str = "/usr/lib64/ld-linux-x86-64.so.2";
     copy_file(root, LOADER, archive)?;
     let output = root.command(LOADER)?.args(["--list", program]).output()?;
     if !output.status.success() {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
@@ -15,6 +15,7 @@ pub struct Job {
     script: String,
     parameters: Vec<(String, String)>,
     tools: Vec<String>,
+    programs: Vec<PathBuf>,
 }
 
 impl Job {
@@ -32,7 +33,12 @@ impl Job {
     /// A job of a few commands, for a test that needs no file.
     #[must_use]
     pub fn from_script(script: &str) -> Self {
-        Self { script: script.to_owned(), parameters: Vec::new(), tools: Vec::new() }
+        Self {
+            script: script.to_owned(),
+            parameters: Vec::new(),
+            tools: Vec::new(),
+            programs: Vec::new(),
+        }
     }
 
     /// Gives the script the shell variable `name`.
@@ -48,6 +54,22 @@ impl Job {
     pub fn tool(mut self, path: &str) -> Self {
         self.tools.push(path.to_owned());
         self
+    }
+
+    /// Gives the script a program of the host, one of the workspace, as `/job/NAME`. It may need no
+    /// library but the C library and its like.
+    #[must_use]
+    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.programs.push(path.into());
+        self
+    }
+
+    /// The programs of the host, by their names in `/job`.
+    pub(super) fn programs(&self) -> impl Iterator<Item = (String, &Path)> {
+        self.programs.iter().map(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            (name, path.as_path())
+        })
     }
 
     pub(super) fn tools(&self) -> &[String] {

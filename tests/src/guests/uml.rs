@@ -71,6 +71,9 @@ impl UmlGuest {
             fs::write(&path, text)?;
             fs::set_permissions(&path, Permissions::from_mode(0o755))?;
         }
+        for (name, path) in job.programs() {
+            fs::copy(path, dir.path().join(name))?;
+        }
         let console = File::create(dir.path().join("console"))?;
         let mut command = self.root.command_with("linux.uml", &[(dir.path(), "/job")])?;
         command

@@ -5,10 +5,12 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal};
 
 use super::{Recipe, ToolRoot};
 
@@ -18,6 +20,8 @@ const SUITE: &str = "forky";
 const LAYOUT: u32 = 1;
 /// Kernel packages are replaced in the archive now and then while a download runs.
 const ATTEMPTS: u32 = 3;
+/// How often a running `mmdebstrap` is looked at.
+const POLL: Duration = Duration::from_millis(20);
 /// For how long a failed build is not repeated.
 const FAILURE_IS_REMEMBERED: Duration = Duration::from_secs(300);
 
@@ -39,7 +43,7 @@ const GROUP: &str = "root:x:0:\nnogroup:x:65534:\n";
 const NSSWITCH: &str = "passwd: files\ngroup: files\nhosts: files dns\n";
 
 /// The path of the finished root of `recipe`, built now if it is not in the cache.
-pub(super) fn cached(recipe: &Recipe) -> Result<PathBuf> {
+pub(super) fn cached(recipe: &Recipe, stop: Option<&AtomicBool>) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
     (recipe.packages, SUITE, LAYOUT).hash(&mut hasher);
     if !recipe.kept.is_empty() {
@@ -57,11 +61,18 @@ pub(super) fn cached(recipe: &Recipe) -> Result<PathBuf> {
         return Ok(root);
     }
     let note = cache.join(format!("{}.failed", recipe.name));
-    if let Some(why) = recent_failure(&note) {
+    if stop.is_none()
+        && let Some(why) = recent_failure(&note)
+    {
         bail!("{why} (to try again at once, remove {})", note.display());
     }
-    build(recipe, &cache, &root).inspect_err(|error| {
-        let _ = fs::write(&note, format!("{error:#}"));
+    let never = AtomicBool::new(false);
+    let stop = stop.unwrap_or(&never);
+    build(recipe, &cache, &root, stop).inspect_err(|error| {
+        // A person's wish is no reason not to try again.
+        if !stop.load(Ordering::Relaxed) {
+            let _ = fs::write(&note, format!("{error:#}"));
+        }
     })?;
     remove_file(&note)?;
     Ok(root)
@@ -83,15 +94,18 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
     Ok(PathBuf::from(home).join(".cache/outboard"))
 }
 
-fn build(recipe: &Recipe, cache: &Path, root: &Path) -> Result<()> {
+fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Result<()> {
     let mirror = mirror()?;
     let partial = cache.join(format!("{}.partial", recipe.name));
     for attempt in 1..=ATTEMPTS {
         remove_tree(&partial)?;
         progress(&format!("building {} (attempt {attempt} of {ATTEMPTS})", root.display()));
-        match unpack(recipe, &partial, &mirror) {
+        match unpack(recipe, &partial, &mirror, stop) {
             Ok(()) => break,
-            Err(error) if attempt == ATTEMPTS => return Err(error),
+            Err(error) if attempt == ATTEMPTS || stop.load(Ordering::Relaxed) => {
+                remove_tree(&partial)?;
+                return Err(error);
+            }
             Err(error) => {
                 progress(&format!("{error:#}; trying again"));
                 std::thread::sleep(Duration::from_secs(u64::from(attempt) * 5));
@@ -103,9 +117,11 @@ fn build(recipe: &Recipe, cache: &Path, root: &Path) -> Result<()> {
     fs::rename(&partial, root).context("put the tool root in place")?;
     // Modules are unpacked by the root's own tools, so the root is in place first; it is taken
     // away again when that fails.
-    collect_modules(root).inspect_err(|_| {
-        let _ = fs::remove_dir_all(root);
-    })?;
+    if recipe.kernels {
+        collect_modules(root).inspect_err(|_| {
+            let _ = fs::remove_dir_all(root);
+        })?;
+    }
     progress("the tool root is ready");
     Ok(())
 }
@@ -128,8 +144,13 @@ fn mirror() -> Result<String> {
 }
 
 /// Unpacks the packages; their maintainer scripts never run.
-fn unpack(recipe: &Recipe, root: &Path, mirror: &str) -> Result<()> {
-    let mut child = Command::new("mmdebstrap")
+fn unpack(recipe: &Recipe, root: &Path, mirror: &str, stop: &AtomicBool) -> Result<()> {
+    let mut command = Command::new("mmdebstrap");
+    if !rustix::process::geteuid().is_root() {
+        // No chroot is entered, as no package's script runs; so a user needs no further rights or tools.
+        command.arg("--mode=chrootless");
+    }
+    let mut child = command
         .arg("--variant=extract")
         .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
         .arg("--aptopt=Acquire::Retries \"3\"")
@@ -148,16 +169,20 @@ fn unpack(recipe: &Recipe, root: &Path, mirror: &str) -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .context("start mmdebstrap (Debian package mmdebstrap; `./x test` installs it)")?;
-    let mut complaints = Vec::new();
-    if let Some(stderr) = child.stderr.take() {
-        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+    let stderr = child.stderr.take();
+    let reader = std::thread::spawn(move || {
+        let lines = stderr.map(BufReader::new).into_iter().flat_map(BufRead::lines);
+        let mut complaints = Vec::new();
+        for line in lines.map_while(Result::ok) {
             match line.strip_prefix("I: ") {
                 Some(step) => progress(step),
                 None => complaints.push(line),
             }
         }
-    }
-    let status = child.wait()?;
+        complaints
+    });
+    let status = wait_unless(&mut child, stop)?;
+    let complaints = reader.join().unwrap_or_default();
     if !status.success() {
         // apt's own errors say most; without one, whatever there was.
         let errors: Vec<&str> =
@@ -166,6 +191,21 @@ fn unpack(recipe: &Recipe, root: &Path, mirror: &str) -> Result<()> {
         bail!("mmdebstrap failed ({status}): {why}");
     }
     Ok(())
+}
+
+/// Waits for `child`; once `stop` is set, asks it to end, and it tidies up.
+fn wait_unless(child: &mut Child, stop: &AtomicBool) -> Result<ExitStatus> {
+    let mut asked = false;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if !asked && stop.load(Ordering::Relaxed) {
+            asked = true;
+            rustix::process::kill_process(Pid::from_child(child), Signal::TERM)?;
+        }
+        std::thread::sleep(POLL);
+    }
 }
 
 /// What the packages' maintainer scripts would have made, as far as it is needed.

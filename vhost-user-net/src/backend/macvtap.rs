@@ -10,8 +10,8 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+use super::Backend;
 use super::tap::TapBackend;
-use super::{Backend, Framing};
 use crate::control::MacAddr;
 use crate::sys::{self, Interfaces};
 
@@ -53,10 +53,6 @@ impl Backend for MacvtapBackend {
 
     fn queue(&self, pair: u16) -> Option<BorrowedFd<'_>> {
         self.tap.queue(pair)
-    }
-
-    fn framing(&self) -> Framing {
-        Framing::Tap
     }
 
     fn features(&self) -> u64 {

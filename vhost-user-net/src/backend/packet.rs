@@ -21,7 +21,7 @@ use anyhow::Context as _;
 use libc::{c_int, c_void};
 use virtio_bindings::virtio_net as v;
 
-use super::{Backend, Framing};
+use super::Backend;
 use crate::control::MacAddr;
 use crate::sys::{self, InterfaceName, Interfaces};
 
@@ -166,8 +166,8 @@ impl Backend for PacketBackend {
         self.queues.get(usize::from(pair)).map(AsFd::as_fd)
     }
 
-    fn framing(&self) -> Framing {
-        Framing::Packet
+    fn may_be_full(&self) -> bool {
+        true
     }
 
     fn features(&self) -> u64 {

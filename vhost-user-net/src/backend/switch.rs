@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::{Backend, Framing};
+use super::Backend;
 use crate::control::MacAddr;
 use crate::worker::switch::Receiver;
 
@@ -246,10 +246,6 @@ impl Backend for SwitchPort {
 
     fn switch_port(&self) -> Option<Self> {
         Some(self.clone())
-    }
-
-    fn framing(&self) -> Framing {
-        Framing::Packet
     }
 
     fn features(&self) -> u64 {

@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use virtio_bindings::virtio_net as v;
 
-use super::{Backend, Framing};
+use super::Backend;
 use crate::control::MacAddr;
 use crate::sys::{self, InterfaceName, Interfaces};
 
@@ -139,7 +139,12 @@ impl TapBackend {
             sys::set_tap_offloads(fd.as_fd(), 0)
                 .with_context(|| format!("cannot set the offloads of {name}"))?;
         }
-        let attached = Mutex::new(vec![true; queues.len()]);
+        // A queue taken over from another daemon may be detached already.
+        let is_attached = |fd: &OwnedFd| {
+            let interface = sys::tap_interface(fd.as_fd());
+            interface.map_or(true, |(_, flags)| flags & libc::IFF_DETACH_QUEUE == 0)
+        };
+        let attached = Mutex::new(queues.iter().map(is_attached).collect());
         let tap = Self { name, queues, attached, interfaces, features };
         for pair in 1..tap.pairs() {
             tap.set_pair_running(pair, false);
@@ -232,10 +237,6 @@ impl Backend for TapBackend {
 
     fn queue(&self, pair: u16) -> Option<BorrowedFd<'_>> {
         self.queues.get(usize::from(pair)).map(AsFd::as_fd)
-    }
-
-    fn framing(&self) -> Framing {
-        Framing::Tap
     }
 
     fn features(&self) -> u64 {

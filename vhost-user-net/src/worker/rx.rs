@@ -21,8 +21,9 @@ use outboard_common::rate_limiter::Direction;
 use outboard_common::ring::{Chain, Queue};
 use zerocopy::little_endian::U16;
 
+use super::frame_io::FrameIo;
 use super::{Turn, is_mergeable};
-use crate::batch::{BatchIo, FrameMemory, Transfer};
+use crate::batch::{FrameMemory, Transfer};
 use crate::control::RxFilter;
 use crate::header::{ETHERNET_HEADER_SIZE, HEADER_SIZE, MAX_FRAME_SIZE, header_size};
 use crate::shared::{PairMetrics, Shared};
@@ -119,7 +120,7 @@ impl RxSide {
     }
 
     /// Receives what is there, up to the budget.
-    pub(super) fn turn(&mut self, io: &mut BatchIo, queue: &mut Queue) -> Turn {
+    pub(super) fn turn(&mut self, io: &mut FrameIo, queue: &mut Queue) -> Turn {
         if self.shared.generation() != self.generation {
             self.generation = self.shared.generation();
             self.filter = self.shared.rx_filter();
@@ -221,7 +222,7 @@ impl RxSide {
     }
 
     /// Reads a batch, and learns from it how many reads to try next time.
-    fn read(&mut self, io: &mut BatchIo, reads: usize) {
+    fn read(&mut self, io: &mut FrameIo, reads: usize) {
         let frames = self.frames.get(..reads).unwrap_or(&[]);
         // SAFETY: the chains stay staged, and the spill room ours, until after this.
         let results = unsafe { io.transfer(Transfer::Read, frames) };

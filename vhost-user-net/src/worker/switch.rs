@@ -18,13 +18,13 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::tx::Slot;
+use super::tx::{Gate, Next, Slot};
 use super::{Turn, answer_commands, has, is_mergeable};
 use crate::backend::switch::SwitchPort;
 use crate::control::{MacAddr, RxFilter};
 use crate::header::{
     ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP,
-    GSO_UDP_L4, HEADER_SIZE, NetHeader, TxOffloads, header_size,
+    GSO_UDP_L4, NetHeader, header_size,
 };
 use crate::shared::{PairMetrics, Shared};
 
@@ -284,12 +284,9 @@ struct Out {
 /// The worker of one port.
 #[derive(Debug)]
 pub(crate) struct SwitchWorker {
-    shared: Arc<Shared>,
-    metrics: PairMetrics,
+    gate: Gate,
     port: SwitchPort,
     out: Box<[Out]>,
-    header_size: usize,
-    offloads: TxOffloads,
     command: Vec<u8>,
 }
 
@@ -304,23 +301,25 @@ impl SwitchWorker {
             to: 0,
             taken: false,
         };
+        let metrics = shared.metrics.first().cloned().unwrap_or_default();
         Self {
-            metrics: shared.metrics.first().cloned().unwrap_or_default(),
-            shared,
+            gate: Gate::new(shared, metrics),
             port,
             out: (0..BATCH).map(|_| out()).collect(),
-            header_size: HEADER_SIZE,
-            offloads: TxOffloads::default(),
             command: Vec::new(),
         }
     }
 
     fn turn(&mut self, queue: &mut Queue) -> Turn {
         let mut left = BUDGET;
+        let mut begun = Instant::now();
         loop {
             let (count, taken, end) = self.fill(queue);
             self.switch(queue, count);
             queue.publish();
+            if count > 0 {
+                begun = self.gate.metrics.tx_latency.record_since(begun, count as u64);
+            }
             left = left.saturating_sub(taken);
             match end {
                 Some(end) => return end,
@@ -336,32 +335,21 @@ impl SwitchWorker {
         let mut count = 0;
         for taken in 0..BATCH {
             let Some(out) = self.out.get_mut(count) else { break };
-            if !queue.pop(&mut out.slot.chain) {
-                return (count, taken, Some(Turn::Done));
-            }
-            let bytes = out.slot.chain.readable.len() as u64;
-            let limiter = &self.shared.limiter;
-            if let Err(at) = limiter.try_take(Direction::Write, 1, bytes, Instant::now) {
-                queue.unpop(&mut out.slot.chain);
-                return (count, taken, Some(Turn::Limited(at)));
-            }
-            match out.slot.prepare(self.header_size, self.offloads) {
-                Ok(copied) => {
-                    if let Some(to) = route(&self.shared, &self.port, out, copied, tick) {
+            match self.gate.next(queue, &mut out.slot) {
+                Next::Frame(copied) => {
+                    if let Some(to) = route(self.gate.header_size, &self.port, out, copied, tick) {
                         out.to = to;
                         count += 1;
                         // What is behind must not be pushed before: the order is the guest's.
                         continue;
                     }
-                    self.metrics.tx_spoofed.add(1);
+                    self.gate.metrics.tx_spoofed.add(1);
+                    queue.push(&mut out.slot.chain, 0);
                 }
-                Err(fault) => {
-                    tracing::debug!(device = %self.shared.name, %fault, "frame dropped");
-                    self.metrics.tx_malformed.add(1);
-                    queue.metrics().rejected.add(1);
-                }
+                Next::Dropped => {}
+                Next::Empty => return (count, taken, Some(Turn::Done)),
+                Next::Limited(at) => return (count, taken, Some(Turn::Limited(at))),
             }
-            queue.push(&mut out.slot.chain, 0);
         }
         (count, BATCH, None)
     }
@@ -379,9 +367,9 @@ impl SwitchWorker {
             for out in batch.iter_mut().filter(|out| (out.to >> at) & 1 != 0) {
                 let frame = Frame {
                     header: out.header,
-                    head: out.slot.head.get(self.header_size..out.copied).unwrap_or(&[]),
+                    head: out.slot.head.get(self.gate.header_size..out.copied).unwrap_or(&[]),
                     rest: out.slot.chain.readable.as_slice(),
-                    len: out.slot.len - self.header_size,
+                    len: out.slot.len - self.gate.header_size,
                 };
                 out.taken |= receiver.receive(&frame, offloads);
             }
@@ -395,8 +383,8 @@ impl SwitchWorker {
             }
             queue.push(&mut out.slot.chain, 0);
         }
-        self.metrics.tx_frames.add(sent);
-        self.metrics.tx_failed.add(count as u64 - sent);
+        self.gate.metrics.tx_frames.add(sent);
+        self.gate.metrics.tx_failed.add(count as u64 - sent);
         queue.metrics().bytes_read.add(bytes);
     }
 
@@ -405,23 +393,19 @@ impl SwitchWorker {
     }
 }
 
-/// Where a frame goes, and its clean header in `out`; `None`: its source is forged.
+/// Where a frame goes, and its clean header in `out`; `None`: its address is another port's.
 fn route(
-    shared: &Shared,
+    header_size: usize,
     port: &SwitchPort,
     out: &mut Out,
     copied: usize,
     tick: u64,
 ) -> Option<u64> {
-    let header_size = header_size(shared.features());
     let (header, frame) = out.slot.head.get(..copied)?.split_at_checked(header_size)?;
     out.header = NetHeader::new_zeroed();
     out.header.as_mut_bytes().get_mut(..header.len())?.copy_from_slice(header);
     out.copied = copied;
     out.taken = false;
-    if !shared.source.is_open() && shared.source.check(frame).is_err() {
-        return None;
-    }
     let (to, rest) = MacAddr::read_from_prefix(frame).ok()?;
     let (from, _) = MacAddr::read_from_prefix(rest).ok()?;
     port.route(to, from, tick)
@@ -429,12 +413,11 @@ fn route(
 
 impl QueueHandler for SwitchWorker {
     fn on_start(&mut self, index: u16, cx: &mut Context) {
-        if self.shared.control_queue() == Some(index) {
-            self.shared.set_control(true);
+        if self.gate.shared.control_queue() == Some(index) {
+            self.gate.shared.set_control(true);
         } else if index == TX_QUEUE {
             let features = cx.queues.get(index).map_or(0, |q| q.features());
-            self.header_size = header_size(features);
-            self.offloads = TxOffloads::new(features);
+            self.gate.start(features);
         }
     }
 
@@ -446,8 +429,8 @@ impl QueueHandler for SwitchWorker {
     }
 
     fn on_stop(&mut self, index: u16, cx: &mut Context) {
-        if self.shared.control_queue() == Some(index) {
-            self.shared.set_control(false);
+        if self.gate.shared.control_queue() == Some(index) {
+            self.gate.shared.set_control(false);
         } else if index == TX_QUEUE {
             cx.set_timer(None);
         }
@@ -457,16 +440,16 @@ impl QueueHandler for SwitchWorker {
         if index == RX_QUEUE {
             if let Some(mut queue) = cx.queues.take(index) {
                 queue.disable_notifications();
-                self.port.set_receiver(Some(Receiver::new(queue, self.shared.clone())));
+                self.port.set_receiver(Some(Receiver::new(queue, self.gate.shared.clone())));
             }
             return Progress::Waiting;
         }
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
         if index != TX_QUEUE {
-            return answer_commands(&self.shared, &mut self.command, queue);
+            return answer_commands(&self.gate.shared, &mut self.command, queue);
         }
         match self.turn(queue) {
-            Turn::Done | Turn::NoBuffers => Progress::Emptied,
+            Turn::Done | Turn::NoBuffers | Turn::Full => Progress::Emptied,
             Turn::Budget => Progress::More,
             Turn::Limited(at) => {
                 cx.set_timer(Some(at));

@@ -15,7 +15,8 @@ use outboard_common::ring::{Chain, Queue};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::Turn;
-use crate::batch::{BatchIo, FrameMemory, Transfer};
+use super::frame_io::FrameIo;
+use crate::batch::{FrameMemory, Transfer};
 use crate::filter::INSPECTED_BYTES;
 use crate::header::{HEADER_SIZE, HeaderFault, NetHeader, TxOffloads, header_size};
 use crate::shared::{PairMetrics, Shared};
@@ -36,43 +37,130 @@ pub(super) struct Slot {
     pub(super) len: usize,
 }
 
+/// What the gate says of the next chain.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// A frame that may go, so many bytes of it in the slot's head.
+    Frame(usize),
+    /// One that may not. It was counted and given back.
+    Dropped,
+    /// There is none.
+    Empty,
+    /// A limit is reached; the chain is in the ring again.
+    Limited(Instant),
+}
+
+/// What every frame passes on its way out of the guest, whatever the back end: limits, the check of its
+/// header, that of its source.
+#[derive(Debug)]
+pub(super) struct Gate {
+    pub(super) shared: Arc<Shared>,
+    pub(super) metrics: PairMetrics,
+    pub(super) header_size: usize,
+    offloads: TxOffloads,
+    /// Frames at the ring's front that the limits were asked about already.
+    prepaid: usize,
+}
+
+impl Gate {
+    pub(super) fn new(shared: Arc<Shared>, metrics: PairMetrics) -> Self {
+        let offloads = TxOffloads::default();
+        Self { shared, metrics, header_size: HEADER_SIZE, offloads, prepaid: 0 }
+    }
+
+    /// A queue with these features starts.
+    pub(super) fn start(&mut self, features: u64) {
+        self.prepaid = 0;
+        self.header_size = header_size(features);
+        self.offloads = TxOffloads::new(features);
+    }
+
+    /// Takes the next chain of `queue` into `slot`.
+    #[inline]
+    pub(super) fn next(&mut self, queue: &mut Queue, slot: &mut Slot) -> Next {
+        if !queue.pop(&mut slot.chain) {
+            return Next::Empty;
+        }
+        let bytes = slot.chain.readable.len() as u64;
+        if self.prepaid > 0 {
+            self.prepaid -= 1;
+        } else if let Err(at) =
+            self.shared.limiter.try_take(Direction::Write, 1, bytes, Instant::now)
+        {
+            queue.unpop(&mut slot.chain);
+            return Next::Limited(at);
+        }
+        match slot.prepare(self.header_size, self.offloads) {
+            Ok(inspected) => {
+                let seen = slot.head.get(self.header_size..inspected).unwrap_or(&[]);
+                if self.shared.source.is_open() || self.shared.source.check(seen).is_ok() {
+                    return Next::Frame(inspected);
+                }
+                self.metrics.tx_spoofed.add(1);
+            }
+            Err(fault) => {
+                tracing::debug!(device = %self.shared.name, %fault, "frame dropped");
+                self.metrics.tx_malformed.add(1);
+                queue.metrics().rejected.add(1);
+            }
+        }
+        queue.push(&mut slot.chain, 0);
+        Next::Dropped
+    }
+}
+
 /// The transmit side of a queue pair.
 #[derive(Debug)]
 pub(super) struct TxSide {
-    shared: Arc<Shared>,
-    metrics: PairMetrics,
+    gate: Gate,
     slots: Box<[Slot]>,
     frames: Box<[FrameMemory]>,
-    header_size: usize,
-    offloads: TxOffloads,
+    /// The back end had no room, and an event of it is awaited.
+    full: bool,
 }
 
 impl TxSide {
     pub(super) fn new(shared: Arc<Shared>, metrics: PairMetrics) -> Self {
         Self {
-            shared,
-            metrics,
+            gate: Gate::new(shared, metrics),
             slots: (0..BATCH).map(|_| Slot::new()).collect(),
             frames: (0..BATCH).map(|_| FrameMemory::default()).collect(),
-            header_size: HEADER_SIZE,
-            offloads: TxOffloads::default(),
+            full: false,
         }
+    }
+
+    /// Whether a turn ended for want of room; asked once.
+    pub(super) fn take_full(&mut self) -> bool {
+        std::mem::take(&mut self.full)
     }
 
     /// A queue with these features starts.
     pub(super) fn start(&mut self, features: u64) {
-        self.header_size = header_size(features);
-        self.offloads = TxOffloads::new(features);
+        self.gate.start(features);
     }
 
     /// Sends what waits, up to the budget.
-    pub(super) fn turn(&mut self, io: &mut BatchIo, queue: &mut Queue) -> Turn {
+    pub(super) fn turn(&mut self, io: &mut FrameIo, queue: &mut Queue) -> Turn {
         let mut left = BUDGET;
+        let mut begun = Instant::now();
+        if io.has_rest() {
+            // SAFETY: no memory is lent.
+            unsafe { io.transfer(Transfer::Write, &[]) };
+            if io.has_rest() {
+                self.full = true;
+                return Turn::Full;
+            }
+        }
         loop {
             let (count, end) = self.fill(queue, left.min(BATCH));
             if count > 0 {
-                self.send(io, queue, count);
+                let taken = self.send(io, queue, count);
                 queue.publish();
+                begun = self.gate.metrics.tx_latency.record_since(begun, taken as u64);
+                if taken < count || io.has_rest() {
+                    self.full = true;
+                    return Turn::Full;
+                }
                 left = left.saturating_sub(count);
             }
             match end {
@@ -93,61 +181,55 @@ impl TxSide {
             else {
                 break;
             };
-            if !queue.pop(&mut slot.chain) {
-                return (count, Some(Turn::Done));
-            }
-            let bytes = slot.chain.readable.len() as u64;
-            if let Err(at) = self.shared.limiter.try_take(Direction::Write, 1, bytes, Instant::now)
-            {
-                queue.unpop(&mut slot.chain);
-                return (count, Some(Turn::Limited(at)));
-            }
-            match slot.prepare(self.header_size, self.offloads) {
-                Ok(inspected) => {
-                    let seen = slot.head.get(self.header_size..inspected).unwrap_or(&[]);
-                    if self.shared.source.is_open() || self.shared.source.check(seen).is_ok() {
-                        slot.lend(inspected, frame);
-                        count += 1;
-                        continue;
-                    }
-                    self.metrics.tx_spoofed.add(1);
+            match self.gate.next(queue, slot) {
+                Next::Frame(inspected) => {
+                    slot.lend(inspected, frame);
+                    count += 1;
                 }
-                Err(fault) => {
-                    tracing::debug!(device = %self.shared.name, %fault, "frame dropped");
-                    self.metrics.tx_malformed.add(1);
-                    queue.metrics().rejected.add(1);
-                }
+                Next::Dropped => dropped += 1,
+                Next::Empty => return (count, Some(Turn::Done)),
+                Next::Limited(at) => return (count, Some(Turn::Limited(at))),
             }
-            dropped += 1;
-            queue.push(&mut slot.chain, 0);
         }
         (count, if dropped == BATCH { Some(Turn::Budget) } else { None })
     }
 
-    fn send(&mut self, io: &mut BatchIo, queue: &mut Queue, count: usize) {
+    /// Sends the first `count` frames. Gives how many of them the back end took or refused for good;
+    /// the others are in the ring again, to be sent when there is room.
+    fn send(&mut self, io: &mut FrameIo, queue: &mut Queue, count: usize) -> usize {
         let frames = self.frames.get(..count).unwrap_or(&[]);
-        if let Some(capture) = &self.shared.capture {
-            for (frame, slot) in frames.iter().zip(&self.slots) {
-                capture.record(slot.len - self.header_size, |out, most| {
+        // SAFETY: the chains are pushed, and the heads used again, only after this.
+        let results = unsafe { io.transfer(Transfer::Write, frames) };
+        let mut taken = count;
+        if self.gate.shared.backend.may_be_full() {
+            let waiting = results.iter().rev().take_while(|&&r| r == -libc::EAGAIN).count();
+            taken -= waiting;
+            self.gate.prepaid += waiting;
+            for slot in self.slots.iter_mut().take(count).skip(taken).rev() {
+                queue.unpop(&mut slot.chain);
+            }
+        }
+        if let Some(capture) = &self.gate.shared.capture {
+            for (frame, slot) in frames.iter().zip(&self.slots).take(taken) {
+                capture.record(slot.len - self.gate.header_size, |out, most| {
                     // SAFETY: the slot's chain is not pushed yet, and `head` is ours.
-                    unsafe { frame.copy_to(self.header_size, most, out) };
+                    unsafe { frame.copy_to(self.gate.header_size, most, out) };
                 });
             }
         }
-        // SAFETY: the chains are pushed, and the heads used again, only after this.
-        let results = unsafe { io.transfer(Transfer::Write, frames) };
         let (mut bytes, mut sent) = (0, 0);
-        for (slot, &result) in self.slots.iter_mut().zip(results) {
+        for (slot, &result) in self.slots.iter_mut().zip(results).take(taken) {
             if result < 0 {
-                self.metrics.tx_failed.add(1);
+                self.gate.metrics.tx_failed.add(1);
             } else {
                 bytes += slot.len as u64;
                 sent += 1;
             }
             queue.push(&mut slot.chain, 0);
         }
-        self.metrics.tx_frames.add(sent);
+        self.gate.metrics.tx_frames.add(sent);
         queue.metrics().bytes_read.add(bytes);
+        taken
     }
 }
 

@@ -79,6 +79,9 @@ pub struct Scratch {
     input: Vec<u8>,
     output: Vec<u8>,
     head: IoVecs,
+    /// Storage is slow at present: with [`Wait::Never`], what [may wait](Opcode::may_wait) for it is
+    /// [`Outcome::Slow`] too.
+    pub storage_is_slow: bool,
     /// Bytes read from files since the owner last looked.
     pub bytes_read: u64,
     /// Bytes written to files since the owner last looked.
@@ -208,7 +211,8 @@ impl<F: Extension> Server<F> {
         let (Some(body), true) = (body, started) else {
             return refuse(&mut chain.writable, libc::EIO);
         };
-        if wait == Wait::Never && self.fs.waits(opcode) {
+        let waits = self.fs.waits(opcode) || (scratch.storage_is_slow && opcode.may_wait());
+        if waits && wait == Wait::Never {
             return Outcome::Slow;
         }
         chain.readable.truncate(body);

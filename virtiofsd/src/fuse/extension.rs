@@ -205,6 +205,15 @@ pub trait EntrySink {
     fn add(&mut self, dirent: DirEntry<'_>, entry: &Entry) -> bool;
 }
 
+/// Whom a saved session comes from, and so what it may name.
+#[derive(Debug)]
+pub enum Origin {
+    /// The VMM. A guest may have taken it over: the state can get no more than the guest could by asking.
+    Vmm,
+    /// Our own predecessor on this machine, with these descriptors.
+    Predecessor(Vec<OwnedFd>),
+}
+
 /// The operations and the fast forms that upstream's trait has not.
 #[allow(unused_variables, reason = "defaults that do nothing name their arguments for the reader")]
 pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'static {
@@ -463,11 +472,12 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         self.save(to)
     }
 
-    /// Becomes what was saved; `fds` came along. Returns the flags that INIT agreed on.
+    /// Becomes what was saved. Returns the flags that INIT agreed on.
     ///
     /// # Errors
-    /// The state is damaged, or something in it cannot be found here.
-    fn load(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
+    /// The state is damaged, something in it cannot be found here, or it asks for more than the operator
+    /// gives to one of this origin.
+    fn load(&self, from: &mut dyn Read, origin: Origin) -> anyhow::Result<u64> {
         anyhow::bail!("this file system cannot be moved")
     }
 

@@ -147,6 +147,44 @@ impl Opcode {
                 | Self::CopyFileRange64
         )
     }
+
+    /// Whether the operation waits for storage when names, attributes or directories are not in memory, or
+    /// when memory is full of what was written. READ is not among them, since the kernel says beforehand
+    /// whether it would wait; nor is what ends something (RELEASE, FLUSH, FORGET), whose order counts.
+    #[inline]
+    #[must_use]
+    pub const fn may_wait(self) -> bool {
+        matches!(
+            self,
+            Self::Lookup
+                | Self::Getattr
+                | Self::Setattr
+                | Self::Readlink
+                | Self::Symlink
+                | Self::Mknod
+                | Self::Mkdir
+                | Self::Unlink
+                | Self::Rmdir
+                | Self::Rename
+                | Self::Rename2
+                | Self::Link
+                | Self::Open
+                | Self::Statfs
+                | Self::Setxattr
+                | Self::Getxattr
+                | Self::Listxattr
+                | Self::Removexattr
+                | Self::Opendir
+                | Self::Readdir
+                | Self::Readdirplus
+                | Self::Access
+                | Self::Create
+                | Self::Lseek
+                | Self::Tmpfile
+                | Self::Statx
+                | Self::Write
+        )
+    }
 }
 
 #[cfg(test)]

@@ -74,7 +74,7 @@ impl PassthroughFs {
     }
 
     /// The host's open flags for the guest's.
-    fn host_flags(&self, flags: u32) -> io::Result<i32> {
+    pub(super) fn host_flags(&self, flags: u32) -> io::Result<i32> {
         let mut flags = flags.cast_signed() & GUEST_FLAGS;
         let access = flags & libc::O_ACCMODE;
         if self.config.readonly && (access != libc::O_RDONLY || flags & libc::O_TRUNC != 0) {

@@ -27,8 +27,18 @@ impl PassthroughFs {
     /// Starts a session with a guest that has the features `capable`; returns those switched on.
     pub(super) fn start_session(&self, capable: u64) -> io::Result<u64> {
         self.reset();
-        let config = &self.config;
         self.start_dax()?;
+        let on = self.offered(capable)?;
+        self.negotiated.store(on, Ordering::Relaxed);
+        Ok(on)
+    }
+
+    /// Which of the flags that the guest is `capable` of are switched on.
+    ///
+    /// # Errors
+    /// The guest is not capable of what the operator demands (EPROTO).
+    pub(super) fn offered(&self, capable: u64) -> io::Result<u64> {
+        let config = &self.config;
         let mut wanted = ALWAYS;
         let mut add = |condition: bool, flags: u64| {
             if condition {
@@ -51,9 +61,7 @@ impl PassthroughFs {
         if config.cache == CachePolicy::Never {
             wanted &= !init::CACHE_SYMLINKS;
         }
-        let on = wanted & capable;
-        self.negotiated.store(on, Ordering::Relaxed);
-        Ok(on)
+        Ok(wanted & capable)
     }
 }
 

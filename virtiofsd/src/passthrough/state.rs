@@ -27,6 +27,7 @@ use super::config::{MigrationMode, OnError};
 use super::lookup::{identity_birth, type_of};
 use super::sys::{self, RawHandle};
 use super::{PassthroughFs, dir, errno, key_of};
+use crate::fuse::extension::Origin;
 use crate::inode_store::restore::ListedNode;
 use crate::inode_store::{Handle, Key, NewNode, NodeFd, NodeInfo, ROOT_ID};
 
@@ -117,12 +118,26 @@ impl To<'_> {
     }
 }
 
-/// Descriptors that came along.
-struct Came(Vec<Option<OwnedFd>>);
+/// What came along with the records.
+struct Came {
+    /// Descriptors not used yet.
+    fds: Vec<Option<OwnedFd>>,
+    /// The records are our predecessor's own.
+    trusted: bool,
+}
 
 impl Came {
+    fn new(origin: Origin) -> Self {
+        match origin {
+            Origin::Vmm => Self { fds: Vec::new(), trusted: false },
+            Origin::Predecessor(fds) => {
+                Self { fds: fds.into_iter().map(Some).collect(), trusted: true }
+            }
+        }
+    }
+
     fn take(&mut self, at: usize) -> anyhow::Result<OwnedFd> {
-        let fd = self.0.get_mut(at).and_then(Option::take);
+        let fd = self.fds.get_mut(at).and_then(Option::take);
         fd.context("a descriptor of the saved state is missing")
     }
 }
@@ -262,16 +277,16 @@ impl PassthroughFs {
     }
 
     /// Becomes what was saved, in place of whatever is there. Returns the flags of INIT.
-    pub(super) fn load_from(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
+    pub(super) fn load_from(&self, from: &mut dyn Read, origin: Origin) -> anyhow::Result<u64> {
         self.reset();
-        let loaded = self.load_records(from, fds);
+        let loaded = self.load_records(from, Came::new(origin));
         if loaded.is_err() {
             self.reset();
         }
         loaded
     }
 
-    fn load_records(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
+    fn load_records(&self, from: &mut dyn Read, mut came: Came) -> anyhow::Result<u64> {
         let mut from = BufReader::new(from);
         let mut line = Vec::new();
         let mut next = || -> anyhow::Result<Record> {
@@ -283,10 +298,15 @@ impl PassthroughFs {
             bail!("the saved state does not begin as one does");
         };
         ensure!(version == VERSION, "the saved state has version {version}, not {VERSION}");
+        let unknown = flags & !self.offered(flags)?;
+        ensure!(
+            unknown == 0,
+            "the guest uses what this daemon does not offer (FUSE flags {unknown:#x}): start it with the \
+             options of the one before"
+        );
         self.negotiated.store(flags, Ordering::Relaxed);
         let root = self.inodes.root_info().key;
         let same_root = (root.ino, root.dev) == (root_ino, root_dev);
-        let mut came = Came(fds.into_iter().map(Some).collect());
         let mut loading = Loading::default();
         loop {
             match next()? {
@@ -347,11 +367,16 @@ impl PassthroughFs {
     ) -> anyhow::Result<()> {
         match record {
             Record::File { handle, node, flags, fd } => {
-                let fd = match fd {
-                    Some(fd) => came.take(fd),
-                    None => self.open_node(node, flags).map_err(Into::into),
-                };
-                if let Some(fd) = self.tolerated(fd.context("an open file"))? {
+                // As OPEN would have it now: what is read-only stays so.
+                let flags = self.host_flags((flags & !libc::O_TRUNC).cast_unsigned());
+                let opened = flags.map_err(anyhow::Error::from).and_then(|flags| {
+                    let fd = match fd {
+                        Some(fd) => came.take(fd)?,
+                        None => self.open_node(node, flags)?,
+                    };
+                    Ok((fd, flags))
+                });
+                if let Some((fd, flags)) = self.tolerated(opened.context("an open file"))? {
                     loading.files.push((handle, self.open_file_of(node, fd, flags)));
                 }
             }
@@ -399,6 +424,7 @@ impl PassthroughFs {
         let fd = match place {
             Place::Lost(why) => bail!("{why}"),
             Place::Known { handle: (kind, bytes), ino, birth_ns, verified } => {
+                ensure!(came.trusted, "a file handle without proof is for a successor only");
                 ensure!(
                     self.mounts.count(root.mount),
                     "file handles cannot be opened here (see --inode-file-handles)"
@@ -421,6 +447,12 @@ impl PassthroughFs {
             Place::Path(path) => self.open_path_below(path.as_bytes())?,
             Place::Bytes(path) => self.open_path_below(&path)?,
             Place::Handle((kind, bytes)) => {
+                // A handle may name any inode of the file system, also one that is not shared.
+                ensure!(
+                    self.config.migration.mode == MigrationMode::FileHandles,
+                    "the saved state has file handles, which lead out of the shared directory too: if \
+                     whoever sends it is trusted, start this daemon with --migration-mode=file-handles"
+                );
                 let mount = self.mounts.get(root.mount);
                 let mount = mount.as_ref().and_then(|mount| mount.fd());
                 let mount = mount

@@ -19,7 +19,7 @@ use super::namespace::New;
 use super::{PassthroughFs, credentials};
 use crate::fuse::extension::{
     BlockForLock, CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, LockRequest,
-    MapRequest, ReadRequest, Wait, WriteRequest,
+    MapRequest, Origin, ReadRequest, Wait, WriteRequest,
 };
 use crate::fuse::wire::{WRITE_KILL_SUIDGID, init};
 
@@ -371,8 +371,8 @@ impl Extension for PassthroughFs {
         self.save_with_fds(to, fds)
     }
 
-    fn load(&self, from: &mut dyn Read, fds: Vec<OwnedFd>) -> anyhow::Result<u64> {
-        self.load_from(from, fds)
+    fn load(&self, from: &mut dyn Read, origin: Origin) -> anyhow::Result<u64> {
+        self.load_from(from, origin)
     }
 
     fn on_thread(&self) {

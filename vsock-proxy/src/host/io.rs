@@ -70,6 +70,11 @@ pub(crate) fn entry(bytes: &[u8]) -> iovec {
     iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
 }
 
+/// An entry for bytes that are going to be written.
+pub(crate) fn entry_mut(bytes: &mut [u8]) -> iovec {
+    iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
+}
+
 fn vsock_address(cid: u32, port: u32) -> libc::sockaddr_vm {
     // SAFETY: all bytes zero are a sockaddr_vm.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };

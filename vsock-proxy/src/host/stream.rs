@@ -8,13 +8,21 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::Shutdown;
 
 use super::io as calls;
-use crate::packet::SocketType;
+use crate::packet::{SEQ_EOM, SEQ_EOR, SocketType};
+
+/// Bytes that follow a message on its way between two guests: its flags.
+const TRAILER: usize = 1;
 
 /// How the descriptor is used.
 #[derive(Debug)]
 enum Kind {
     Stream,
-    SeqPacket,
+    /// A Unix socket of messages. Linux keeps no MSG_EOR there.
+    Messages,
+    /// An AF_VSOCK socket of messages: MSG_EOR goes along.
+    VsockMessages,
+    /// A pair of messages between two guests of this process: each ends with a byte of its flags.
+    SiblingMessages,
     /// Passed by a client: a pipe, a terminal, a file or again a socket.
     Passed {
         /// End of file and a reader that left do not end the connection.
@@ -57,11 +65,25 @@ pub(crate) struct HostStream {
 }
 
 impl HostStream {
-    /// A connected, non-blocking socket of `socket_type`.
-    pub(crate) fn socket(fd: OwnedFd, socket_type: SocketType) -> Self {
+    /// A connected, non-blocking Unix socket of `socket_type`.
+    pub(crate) fn unix(fd: OwnedFd, socket_type: SocketType) -> Self {
+        Self::of(fd, socket_type, Kind::Messages)
+    }
+
+    /// A non-blocking AF_VSOCK socket of `socket_type`.
+    pub(crate) fn vsock(fd: OwnedFd, socket_type: SocketType) -> Self {
+        Self::of(fd, socket_type, Kind::VsockMessages)
+    }
+
+    /// One end of a pair that joins two guests.
+    pub(crate) fn sibling(fd: OwnedFd, socket_type: SocketType) -> Self {
+        Self::of(fd, socket_type, Kind::SiblingMessages)
+    }
+
+    fn of(fd: OwnedFd, socket_type: SocketType, messages: Kind) -> Self {
         let kind = match socket_type {
             SocketType::Stream => Kind::Stream,
-            SocketType::SeqPacket => Kind::SeqPacket,
+            SocketType::SeqPacket => messages,
         };
         Self { fd, kind }
     }
@@ -81,7 +103,9 @@ impl HostStream {
     pub(crate) fn read(&self, list: &[iovec], hung_up: bool) -> Read {
         let wanted: usize = list.iter().map(|e| e.iov_len).sum();
         let result = match self.kind {
-            Kind::Stream | Kind::SeqPacket => calls::receive(self.fd.as_fd(), list),
+            Kind::Stream | Kind::Messages | Kind::VsockMessages | Kind::SiblingMessages => {
+                calls::receive(self.fd.as_fd(), list)
+            }
             Kind::Passed { .. } => calls::read(self.fd.as_fd(), list).map(|n| (n, 0)),
         };
         match result {
@@ -102,27 +126,60 @@ impl HostStream {
         if matches!(self.kind, Kind::Passed { keep: true }) { Read::Nothing } else { Read::End }
     }
 
-    /// Bytes of the next message of a seqpacket socket.
-    pub(crate) fn next_message_len(&self) -> io::Result<usize> {
+    /// Bytes of the next message; `None`: there will be none. `ending`: an event said that the writer
+    /// left.
+    ///
+    /// # Errors
+    /// `WouldBlock`: there is none now.
+    pub(crate) fn next_message(&self, ending: bool) -> io::Result<Option<usize>> {
         use rustix::net::{RecvFlags, recv};
-        let mut nothing = [0u8; 0];
+        // AF_VSOCK says nothing of a message to a reader without room.
+        let mut first = [0u8; 1];
         let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-        let (_, len) = recv(&self.fd, &mut nothing, flags)?;
-        Ok(len)
+        let (_, len) = recv(&self.fd, &mut first, flags)?;
+        if matches!(self.kind, Kind::SiblingMessages) {
+            return Ok(len.checked_sub(TRAILER));
+        }
+        // An empty message reads like the end. The order of the two questions matters: once the
+        // writer has ended, what is queued grows no more.
+        let is_end = len == 0 && (ending || self.has_ended()) && !self.has_bytes();
+        Ok((!is_end).then_some(len))
     }
 
-    /// Receives one message of a seqpacket socket into `out`.
-    pub(crate) fn receive_message(&self, out: &mut [u8]) -> io::Result<usize> {
+    /// Receives the next message, of `len` bytes, and the flags that a packet with its end has.
+    ///
+    /// # Errors
+    /// As `recvmsg`.
+    pub(crate) fn receive_message(&self, len: usize) -> io::Result<(Vec<u8>, u32)> {
+        let is_sibling = matches!(self.kind, Kind::SiblingMessages);
+        let mut message = vec![0; if is_sibling { len + TRAILER } else { len }];
+        let (got, flags) = calls::receive(self.fd.as_fd(), &[calls::entry_mut(&mut message)])?;
+        message.truncate(got);
+        let ends_record = if is_sibling {
+            message.pop().is_some_and(|flags| u32::from(flags) & SEQ_EOR != 0)
+        } else {
+            flags & libc::MSG_EOR != 0
+        };
+        Ok((message, SEQ_EOM | if ends_record { SEQ_EOR } else { 0 }))
+    }
+
+    /// Receives what is no message of a guest into `out`.
+    pub(crate) fn receive_raw(&self, out: &mut [u8]) -> io::Result<usize> {
         let (_, len) = rustix::net::recv(&self.fd, out, rustix::net::RecvFlags::DONTWAIT)?;
         Ok(len)
     }
 
-    /// Writes `list`; on a seqpacket socket that is one message, written whole or not at all.
-    pub(crate) fn write(&self, list: &[iovec]) -> Written {
+    /// Writes `list`; on a socket of messages that is one, written whole or not at all, and `flags` are
+    /// those of the packet with its end.
+    pub(crate) fn write(&self, list: &[iovec], flags: u32) -> Written {
         let result = match self.kind {
             Kind::Stream => calls::send(self.fd.as_fd(), list, 0),
-            Kind::SeqPacket => calls::send(self.fd.as_fd(), list, libc::MSG_EOR),
             Kind::Passed { .. } => calls::write(self.fd.as_fd(), list),
+            // More pieces than one call takes: the caller has it in one piece later.
+            _ if list.len() >= calls::IOV_MAX => return Written::NoRoom,
+            Kind::Messages => calls::send(self.fd.as_fd(), list, 0),
+            Kind::VsockMessages => return self.write_vsock_message(list, flags),
+            Kind::SiblingMessages => self.write_sibling_message(list, flags),
         };
         match result {
             Ok(n) => Written::Bytes(n),
@@ -138,6 +195,23 @@ impl HostStream {
             }
             Err(_) => Written::NoReader,
         }
+    }
+
+    fn write_sibling_message(&self, list: &[iovec], flags: u32) -> io::Result<usize> {
+        let trailer = flags.to_le_bytes();
+        let mut list = list.to_vec();
+        list.push(calls::entry(trailer.get(..TRAILER).unwrap_or(&[])));
+        calls::send(self.fd.as_fd(), &list, 0).map(|n| n.saturating_sub(TRAILER))
+    }
+
+    /// The kernel sends the beginning of a message that there is not room for, and then says that it
+    /// would block: what that leaves can only be ended.
+    fn write_vsock_message(&self, list: &[iovec], flags: u32) -> Written {
+        if !self.polls(PollFlags::OUT | PollFlags::HUP | PollFlags::ERR) {
+            return Written::NoRoom;
+        }
+        let eor = if flags & SEQ_EOR != 0 { libc::MSG_EOR } else { 0 };
+        calls::send(self.fd.as_fd(), list, eor).map_or(Written::NoReader, Written::Bytes)
     }
 
     /// Whether its peer is gone in both directions.

@@ -71,7 +71,7 @@ impl Mux {
         let key = Key { cid: Cid::HOST, port: local, guest_port: port };
         let connection = Connection::requesting(SocketType::Stream, self.config.tx_buffer_size);
         let at = self.add_live(key, connection, OnAccept::Silence);
-        if !self.attach(at, HostStream::socket(stream, SocketType::Stream), false, cx) {
+        if !self.attach(at, HostStream::vsock(stream, SocketType::Stream), false, cx) {
             self.refuse(at);
         }
         self.settle(at, cx);
@@ -100,7 +100,7 @@ impl Mux {
         prepare(&call.stream, call.socket_type, buf_alloc);
         let connection = Connection::requesting(call.socket_type, buf_alloc);
         let at = self.add_live(key, connection, OnAccept::Byte);
-        let stream = HostStream::socket(call.stream, call.socket_type);
+        let stream = HostStream::sibling(call.stream, call.socket_type);
         if !self.attach(at, stream, false, cx) {
             self.refuse(at);
         }
@@ -199,7 +199,7 @@ impl Mux {
             }
             None => {
                 prepare(&socket, socket_type, self.config.tx_buffer_size);
-                (HostStream::socket(socket, socket_type), is_watched, OnAccept::Ok)
+                (HostStream::unix(socket, socket_type), is_watched, OnAccept::Ok)
             }
         };
         let connection = Connection::requesting(socket_type, self.config.tx_buffer_size);
@@ -250,6 +250,8 @@ impl Mux {
                 }
             }
         }
+        let begun = live.begun;
+        self.counters.connected(begun);
     }
 }
 

@@ -10,9 +10,10 @@ use rustix::net::sockopt;
 use super::{DIAL_INTERVAL, Key, Live, Mux, OnAccept, Side, watch};
 use crate::config::HostSide;
 use crate::connection::{Connection, Phase, Reaction};
-use crate::host::stream::{HostStream, Written};
+use crate::held::{Given, flush, give};
+use crate::host::stream::HostStream;
 use crate::host::{Dial, unix, vsock};
-use crate::packet::{Cid, Header, Malformed, Op, SEQ_EOM, SocketType, parse};
+use crate::packet::{Cid, Header, Malformed, Op, SocketType, parse};
 use crate::sibling::ACCEPTED;
 
 impl Mux {
@@ -94,7 +95,7 @@ impl Mux {
                 self.drop_partial_message(at)
             }
             Reaction::Settle | Reaction::Discard => {}
-            Reaction::Deliver => self.deliver(at, payload, header.flags & SEQ_EOM != 0, cx),
+            Reaction::Deliver => self.deliver(at, payload, header.flags, cx),
             Reaction::Accepted => self.on_accepted(at),
             Reaction::Ended => self.drop_partial_message(at),
             Reaction::Reset(violation) => {
@@ -124,41 +125,26 @@ impl Mux {
     }
 
     /// Gives a payload to the host, and keeps what it has no room for.
-    fn deliver(&mut self, at: u32, payload: &mut IoVecs, end_of_message: bool, cx: &Context) {
+    fn deliver(&mut self, at: u32, payload: &mut IoVecs, flags: u32, cx: &Context) {
         let token = self.token(at);
         let Some(live) = self.live(at) else { return };
         let Some(stream) = &live.stream else { return };
-        let is_stream = live.connection.socket_type() == SocketType::Stream;
-        // Streams have no messages, whatever their packets' flags say; empty ones are messages too.
-        let end_of_message = end_of_message && !is_stream;
-        let whole = is_stream || end_of_message;
-        let mut is_gone = payload.is_empty() && !end_of_message;
-        if live.held.is_none() && whole && !is_gone {
-            match stream.write(payload.as_slice()) {
-                Written::Bytes(n) => {
-                    payload.advance(n);
-                    is_gone = payload.is_empty();
-                    // No more than the header's length, which has 32 bits.
-                    live.connection.on_forwarded(u32::try_from(n).unwrap_or(u32::MAX));
+        match give(&mut live.held, &mut live.connection, stream, payload, flags) {
+            Given::Gone | Given::Begun => {}
+            // A message that has just become whole may find room that was there all the time.
+            Given::Held => {
+                let is_stream = live.connection.socket_type() == SocketType::Stream;
+                if !live.wants_room || !is_stream {
+                    live.wants_room = true;
+                    live.rewatch(token, cx);
                 }
-                Written::NoRoom => {}
-                Written::NoReader => return live.lose_reader(),
             }
-        }
-        if is_gone && live.held.is_none() {
-            return;
-        }
-        let held = live.held.get_or_insert_default();
-        if !held.append(payload, end_of_message) {
-            live.held = None;
-            live.connection.abort();
-            live.connection.on_dropped_held();
-            return;
-        }
-        // A message that has just become whole may find room that was there all the time.
-        if whole && (!live.wants_room || live.connection.socket_type() == SocketType::SeqPacket) {
-            live.wants_room = true;
-            live.rewatch(token, cx);
+            Given::NoReader => live.lose_reader(),
+            Given::TooMany => {
+                live.held = None;
+                live.connection.abort();
+                live.connection.on_dropped_held();
+            }
         }
     }
 
@@ -166,14 +152,9 @@ impl Mux {
     pub(super) fn on_room(&mut self, at: u32, cx: &Context) {
         let token = self.token(at);
         let Some(live) = self.live(at) else { return };
-        let (Some(held), Some(stream)) = (&mut live.held, &live.stream) else { return };
-        let flushed = held.flush(stream, live.connection.socket_type());
-        let is_empty = held.is_empty();
-        live.connection.on_forwarded(flushed.bytes);
-        if flushed.no_reader {
+        let Some(stream) = &live.stream else { return };
+        if flush(&mut live.held, &mut live.connection, stream) {
             live.lose_reader();
-        } else if is_empty {
-            live.held = None;
         }
         if live.held.is_none() && live.wants_room {
             live.wants_room = false;
@@ -221,7 +202,7 @@ impl Mux {
             Dial::InProgress(fd) => {
                 live.side = Side::Connecting;
                 let is_watched = watch(cx, fd.as_raw_fd(), token, Events::EPOLLOUT);
-                live.stream = Some(HostStream::socket(fd, socket_type));
+                live.stream = Some(HostStream::vsock(fd, socket_type));
                 if !is_watched {
                     self.refuse(at);
                 }
@@ -243,13 +224,22 @@ impl Mux {
         let Some(live) = self.live(at) else { return };
         let socket_type = live.connection.socket_type();
         prepare(&fd, socket_type, self.config.tx_buffer_size);
-        if self.attach(at, HostStream::socket(fd, socket_type), false, cx) {
-            if let Some(live) = self.live(at) {
-                live.connection.on_host_connected();
-            }
+        let stream = match self.config.host {
+            HostSide::Unix(_) => HostStream::unix(fd, socket_type),
+            HostSide::Vsock { .. } => HostStream::vsock(fd, socket_type),
+        };
+        if self.attach(at, stream, false, cx) {
+            self.on_host_connected(at);
         } else {
             self.refuse(at);
         }
+    }
+
+    fn on_host_connected(&mut self, at: u32) {
+        let Some(live) = self.live(at) else { return };
+        live.connection.on_host_connected();
+        let begun = live.begun;
+        self.counters.connected(begun);
     }
 
     pub(super) fn refuse(&mut self, at: u32) {
@@ -268,7 +258,7 @@ impl Mux {
                 if let Some(live) = self.live(at) {
                     live.side = Side::Called;
                 }
-                if !self.attach(at, HostStream::socket(fd, socket_type), false, cx) {
+                if !self.attach(at, HostStream::sibling(fd, socket_type), false, cx) {
                     self.refuse(at);
                 }
             }
@@ -291,7 +281,7 @@ impl Mux {
                 live.side = Side::Ready;
                 live.readable = true;
                 live.rewatch(token, cx);
-                live.connection.on_host_connected();
+                self.on_host_connected(at);
             }
             Some(false) => self.refuse(at),
             None => {}
@@ -325,7 +315,7 @@ fn key_of(header: &Header) -> Key {
 /// What the sibling said, if it did.
 fn sibling_answer(stream: &HostStream) -> Option<bool> {
     let mut answer = [0u8; 1];
-    match stream.receive_message(&mut answer) {
+    match stream.receive_raw(&mut answer) {
         Ok(n) => Some(n == 1 && answer == ACCEPTED),
         Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => None,
         Err(_) => Some(false),

@@ -3,12 +3,12 @@
 use outboard_common::ring::Queue;
 use outboard_common::worker::Context;
 
-use super::{BATCH_MAX, BATCH_MIN, Live, Mux};
+use super::{BATCH_MAX, BATCH_MIN, Live, Message, Mux};
 use crate::config::VmConfig;
 use crate::connection::Phase;
 use crate::device::RX_QUEUE;
 use crate::host::stream::{HostStream, Read};
-use crate::packet::{Op, SEQ_EOM, SocketType};
+use crate::packet::{Op, SocketType};
 use crate::rx_queue::Filler;
 
 /// What became of a connection's turn.
@@ -177,22 +177,20 @@ impl Live {
         if self.message.is_none() && !self.fetch_message() {
             return if self.readable { Turn::More } else { Turn::Done };
         }
-        let credit = usize::try_from(self.connection.sendable()).unwrap_or(usize::MAX);
-        let Some((message, sent)) = &mut self.message else { return Turn::Done };
-        let rest = message.get(*sent..).unwrap_or(&[]);
-        if credit == 0 {
+        let Some(message) = &mut self.message else { return Turn::Done };
+        let rest = message.bytes.get(message.sent..).unwrap_or(&[]);
+        if self.connection.sendable() == 0 {
             return Turn::Done;
         }
         let Some(room) = filler.next_room(queue) else { return Turn::NoBuffer };
-        let n = rest.len().min(credit).min(room);
-        let is_last = n == rest.len();
-        let flags = if is_last { SEQ_EOM } else { 0 };
+        let (n, is_last) = self.connection.piece(rest.len(), room);
+        let flags = if is_last { message.flags } else { 0 };
         let mut header = Mux::header(config, &self.key, &mut self.connection, Op::Rw, flags);
         header.len = u32::try_from(n).unwrap_or(0);
         if !filler.packet(queue, &header, rest.get(..n).unwrap_or(&[])) {
             return Turn::NoBuffer;
         }
-        *sent += n;
+        message.sent += n;
         self.connection.on_sent(header.len);
         queue.metrics().bytes_written.add(n as u64);
         if is_last {
@@ -204,20 +202,14 @@ impl Live {
     /// Fetches the next message from the host. False: there is none now.
     fn fetch_message(&mut self) -> bool {
         let Some(stream) = self.stream.as_ref().filter(|_| self.readable) else { return false };
-        let len = match stream.next_message_len() {
-            // An empty message reads like the end. The order of the two questions matters: once the
-            // writer has ended, what is queued grows no more.
-            Ok(0) if (self.ending || stream.has_ended()) && !stream.has_bytes() => {
-                self.at_end();
-                return false;
-            }
-            Ok(len) => len,
+        let len = match stream.next_message(self.ending) {
+            Ok(Some(len)) => len,
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
                 self.readable = false;
                 return false;
             }
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => return false,
-            Err(_) => {
+            Ok(None) | Err(_) => {
                 self.at_end();
                 return false;
             }
@@ -229,10 +221,8 @@ impl Live {
             self.readable = false;
             return false;
         }
-        let mut message = vec![0; len];
-        let Ok(got) = stream.receive_message(&mut message) else { return false };
-        message.truncate(got);
-        self.message = Some((message, 0));
+        let Ok((bytes, flags)) = stream.receive_message(len) else { return false };
+        self.message = Some(Message { bytes, sent: 0, flags });
         self.connection.phase() == Phase::Established
     }
 }

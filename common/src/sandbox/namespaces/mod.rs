@@ -24,6 +24,8 @@ pub mod id_map;
 pub mod root;
 mod supervisor;
 
+pub use supervisor::deliver_signals;
+
 use id_map::IdMap;
 
 /// A kind of namespace that a daemon can do without the outside of.

@@ -22,17 +22,19 @@ const KILLED: i32 = 128;
 
 /// Forks. Returns in the child; the parent stays here and ends when the child does.
 ///
+/// In the child, signals that end a process wait until [`deliver_signals`]: the kernel drops them for a
+/// process 1 that has no handler yet, and a daemon that is told to leave while it starts would stay.
+///
 /// To be called with one thread.
 pub(super) fn continue_in_child() -> io::Result<()> {
     let watched = watched_signals();
     // Blocked before the fork, so that none is lost while the parent gets ready.
-    let previous = change_mask(libc::SIG_BLOCK, &watched)?;
+    change_mask(libc::SIG_BLOCK, &watched)?;
     let parent = rustix::process::getpid();
     match fork()? {
         Some(child) => supervise(child, &watched),
         None => {
             set_parent_process_death_signal(Some(Signal::KILL))?;
-            change_mask(libc::SIG_SETMASK, &previous)?;
             // In a PID namespace the parent is outside and has no number; else it must be ours,
             // or it died before the line above.
             match getppid() {
@@ -41,6 +43,15 @@ pub(super) fn continue_in_child() -> io::Result<()> {
             }
         }
     }
+}
+
+/// Has this thread take the signals again that were held back since the process went into its namespaces.
+/// To be called once the daemon's handlers are in place; without namespaces it changes nothing.
+///
+/// # Errors
+/// The kernel refuses, which it does not.
+pub fn deliver_signals() -> io::Result<()> {
+    change_mask(libc::SIG_UNBLOCK, &watched_signals())
 }
 
 /// Runs `work` in a child, which ends with the code it returns.
@@ -113,11 +124,10 @@ fn watched_signals() -> libc::sigset_t {
     set
 }
 
-fn change_mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<libc::sigset_t> {
-    let mut previous = *set;
-    // SAFETY: both pointers are to live, initialised sets.
-    match unsafe { libc::pthread_sigmask(how, set, &raw mut previous) } {
-        0 => Ok(previous),
+fn change_mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: the set is live and initialised; the old mask is not asked for.
+    match unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) } {
+        0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
     }
 }

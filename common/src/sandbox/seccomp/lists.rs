@@ -93,6 +93,7 @@ pub const BASE: &[Rule] = &[
     allow(libc::SYS_epoll_create1),
     allow(libc::SYS_epoll_ctl),
     allow(libc::SYS_epoll_pwait),
+    allow(libc::SYS_epoll_pwait2),
     #[cfg(target_arch = "x86_64")]
     allow(libc::SYS_epoll_wait),
 ];

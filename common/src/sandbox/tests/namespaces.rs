@@ -4,7 +4,7 @@ use std::io::BufRead;
 use rustix::fs::{Mode, OFlags};
 
 use super::super::namespaces::id_map::{IdMap, IdMapError, IdMaps};
-use super::super::namespaces::{Namespace, root, unshare};
+use super::super::namespaces::{Namespace, deliver_signals, root, unshare};
 use super::*;
 
 fn namespace(kind: &str) -> OsString {
@@ -175,18 +175,40 @@ fn start_daemon(dir: &std::path::Path, on_ready: fn()) -> (Pid, UnixStream) {
     (parent, ours)
 }
 
-#[test]
-fn signals_reach_the_daemon() {
+/// Has SIGTERM end the process with exit code 9.
+fn leave_on_sigterm() {
     extern "C" fn leave(_signal: libc::c_int) {
         // SAFETY: ends the process.
         unsafe { libc::_exit(9) }
     }
+    let leave: extern "C" fn(libc::c_int) = leave;
+    // SAFETY: the handler only ends the process.
+    unsafe { libc::signal(libc::SIGTERM, leave as libc::sighandler_t) };
+    deliver_signals().unwrap();
+}
+
+#[test]
+fn signals_reach_the_daemon() {
     let dir = served();
-    let (parent, _pipe) = start_daemon(dir.path(), || {
-        let leave: extern "C" fn(libc::c_int) = leave;
-        // SAFETY: the handler only ends the process.
-        unsafe { libc::signal(libc::SIGTERM, leave as libc::sighandler_t) };
+    let (parent, _pipe) = start_daemon(dir.path(), leave_on_sigterm);
+    kill_process(parent, Signal::TERM).unwrap();
+    assert_eq!(wait(parent).exit_status(), Some(9));
+}
+
+#[test]
+fn a_signal_before_the_daemon_has_handlers_is_not_lost() {
+    let dir = served();
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    let parent = fork(|| {
+        become_nobody();
+        root::enter(dir.path(), Some(&IdMaps::self_as_root())).unwrap();
+        theirs.write_all(&[1]).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        leave_on_sigterm();
+        std::thread::sleep(std::time::Duration::from_secs(20));
     });
+    drop(theirs);
+    ours.read_exact(&mut [0]).unwrap();
     kill_process(parent, Signal::TERM).unwrap();
     assert_eq!(wait(parent).exit_status(), Some(9));
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use fuse_backend_rs::api::filesystem::FileSystem;
 
 use super::harness::{Guest, MODES, ROOT, c, errno_of, root, share};
-use crate::fuse::extension::Extension as _;
+use crate::fuse::extension::{Extension as _, Origin};
 use crate::passthrough::{Config, InodeFileHandles, Migration, MigrationMode, OnError};
 
 fn with(handles: InodeFileHandles, migration: Migration) -> Config {
@@ -22,7 +22,7 @@ fn moved(old: Guest, config: Config) -> anyhow::Result<Guest> {
     let mut state = Vec::new();
     old.fs.save(&mut state)?;
     let fs = share(old.dir.path(), config);
-    let negotiated = fs.load(&mut state.as_slice(), Vec::new())?;
+    let negotiated = fs.load(&mut state.as_slice(), Origin::Vmm)?;
     assert_eq!(negotiated, old.fs.negotiated.load(std::sync::atomic::Ordering::Relaxed));
     Ok(Guest { fs, dir: old.dir })
 }
@@ -33,7 +33,7 @@ fn succeeded(old: Guest, config: Config) -> Guest {
     let Guest { fs, dir } = old;
     drop(fs);
     let fs = share(dir.path(), config);
-    fs.load(&mut state.as_slice(), fds).unwrap();
+    fs.load(&mut state.as_slice(), Origin::Predecessor(fds)).unwrap();
     Guest { fs, dir }
 }
 
@@ -133,7 +133,7 @@ fn another_inode_at_the_same_path_is_noticed_when_handles_are_compared() {
     fs::write(old.path("other"), "other").unwrap();
     fs::rename(old.path("other"), old.path("dir/file")).unwrap();
     let new = share(old.dir.path(), Config::default());
-    let error = new.load(&mut state.as_slice(), Vec::new()).unwrap_err();
+    let error = new.load(&mut state.as_slice(), Origin::Vmm).unwrap_err();
     assert!(format!("{error:#}").contains("another inode"), "{error:#}");
     assert_eq!((new.inode_count(), new.open_count()), (0, 0));
 }
@@ -179,7 +179,7 @@ fn damaged_states_are_refused_and_leave_nothing() {
     old.fs.save(&mut state).unwrap();
     let fs = share(old.dir.path(), Config::default());
     for cut in 0..state.len() - 1 {
-        assert!(fs.load(&mut &state[..cut], Vec::new()).is_err(), "cut at {cut}");
+        assert!(fs.load(&mut &state[..cut], Origin::Vmm).is_err(), "cut at {cut}");
         assert_eq!((fs.inode_count(), fs.open_count()), (0, 0));
     }
     let text = String::from_utf8(state).unwrap();
@@ -197,9 +197,68 @@ fn damaged_states_are_refused_and_leave_nothing() {
     ] {
         assert!(text.contains(from), "{text}");
         let bad = text.replacen(from, to, 1);
-        let loaded = fs.load(&mut bad.as_bytes(), Vec::new());
+        let loaded = fs.load(&mut bad.as_bytes(), Origin::Vmm);
         // Another id is as good as the one that was, as long as it can be one; the file is then not it.
         assert!(loaded.is_err(), "{from} → {to}");
         assert_eq!((fs.inode_count(), fs.open_count()), (0, 0));
     }
+}
+
+/// What a VMM that a guest has taken over could bring: the state in `text`, to a daemon with `config`.
+fn brought(dir: &std::path::Path, text: &str, config: Config) -> Result<u64, String> {
+    let fs = share(dir, config);
+    fs.load(&mut text.as_bytes(), Origin::Vmm).map_err(|error| format!("{error:#}"))
+}
+
+#[test]
+fn file_handles_of_a_vmm_are_opened_only_where_the_operator_says_so() {
+    let by_handle = || with(InodeFileHandles::Prefer, mode(MigrationMode::FileHandles));
+    let by_path = || with(InodeFileHandles::Prefer, Migration::default());
+    let old = Guest::new(by_handle());
+    prepare(&old);
+    let (mut handles, mut known) = (Vec::new(), Vec::new());
+    old.fs.save(&mut handles).unwrap();
+    old.fs.save_for_successor(&mut known, &mut Vec::new()).unwrap();
+    let [handles, known] = [handles, known].map(|state| String::from_utf8(state).unwrap());
+    assert!(brought(old.dir.path(), &handles, by_handle()).is_ok());
+    for (state, config, why) in [
+        (&handles, by_path(), "--migration-mode=file-handles"),
+        (&known, by_path(), "for a successor only"),
+        (&known, by_handle(), "for a successor only"),
+    ] {
+        let error = brought(old.dir.path(), state, config).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
+fn a_state_gets_no_more_than_its_guest_could_by_asking() {
+    let old = Guest::new(Config::default());
+    prepare(&old);
+    let mut state = Vec::new();
+    old.fs.save(&mut state).unwrap();
+    let text = String::from_utf8(state).unwrap();
+    let with_flags = |flags: i32| {
+        // The kernel's O_LARGEFILE, which is 0 in libc, comes on top.
+        let had = format!("\"flags\":{}", libc::O_RDWR | 0o100_000);
+        assert!(text.contains(&had), "{text}");
+        text.replacen(&had, &format!("\"flags\":{flags}"), 1)
+    };
+    // Not a file opened for writing in a directory that is read-only, nor one made empty by coming here.
+    let readonly = || Config { readonly: true, ..Config::default() };
+    let error = brought(old.dir.path(), &text, readonly()).unwrap_err();
+    assert!(error.contains("Read-only"), "{error}");
+    brought(old.dir.path(), &with_flags(libc::O_RDONLY), readonly()).unwrap();
+    let emptying = with_flags(libc::O_RDWR | libc::O_TRUNC);
+    brought(old.dir.path(), &emptying, Config::default()).unwrap();
+    assert_eq!(fs::read(old.path("dir/file")).unwrap(), b"contents");
+
+    // Nor a feature that this daemon was not told to offer.
+    let negotiated = old.fs.negotiated.load(std::sync::atomic::Ordering::Relaxed);
+    let more = format!("\"flags\":{}", negotiated | crate::fuse::wire::init::POSIX_LOCKS);
+    let locking = text.replacen(&format!("\"flags\":{negotiated}"), &more, 1);
+    let error = brought(old.dir.path(), &locking, Config::default()).unwrap_err();
+    assert!(error.contains("options of the one before"), "{error}");
+    let locks = Config { posix_locks: true, ..Config::default() };
+    brought(old.dir.path(), &locking, locks).unwrap();
 }

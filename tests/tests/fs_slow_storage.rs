@@ -1,0 +1,92 @@
+//! Slow storage holds up no queue: a file system whose names take long stands for a disk that has nothing in
+//! memory. The device runs in this process, behind a real session.
+
+#![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
+
+use std::ffi::CStr;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::thread::{current, sleep};
+use std::time::Duration;
+
+use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
+use outboard_common::sys::EventFd;
+use outboard_common::vhost_user::session::{Session, SessionOptions};
+use testkit::driver::fs::{FsClient, Message, op};
+use virtiofsd::device::{DeviceOptions, FsDevice};
+use virtiofsd::fuse::{Extension, Limits};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+const SLOW: Duration = Duration::from_millis(100);
+/// The inode of a file whose LOOKUP was done by a slow thread; others have [`INLINE`].
+const HANDED_OVER: u64 = 3;
+const INLINE: u64 = 2;
+
+/// Every name is there; `slow` takes long.
+struct Names;
+
+impl FileSystem for Names {
+    type Inode = u64;
+    type Handle = u64;
+
+    fn lookup(&self, _: &Context, _: u64, name: &CStr) -> io::Result<Entry> {
+        if name == c"slow" {
+            sleep(SLOW);
+        }
+        let inode = if current().name() == Some("slow") { HANDED_OVER } else { INLINE };
+        Ok(Entry { inode, ..Entry::default() })
+    }
+}
+
+impl Extension for Names {}
+
+fn lookup(name: &str) -> Message {
+    let body = [name.as_bytes(), b"\0"].concat();
+    Message { opcode: op::LOOKUP, nodeid: 1, body, ..Message::default() }
+}
+
+fn inode_of(guest: &mut FsClient, name: &str) -> u64 {
+    guest.call(lookup(name)).unwrap().u64_at(0).unwrap()
+}
+
+#[test]
+fn names_from_slow_storage_hold_up_no_queue() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let serving = std::thread::spawn(move || {
+        let options = DeviceOptions {
+            name: "fs0".to_owned(),
+            tag: None,
+            request_queues: Some(1),
+            slow_threads: 4,
+            limits: Limits::default(),
+        };
+        let device = Arc::new(FsDevice::new(Names, options));
+        let (stream, _) = listener.accept().unwrap();
+        let metrics = vec![Arc::default(), Arc::default()];
+        Session::new(device, stream, metrics, SessionOptions::default())
+            .serve(&EventFd::new().unwrap())
+    });
+    let mut guest = FsClient::start(&socket, 1, 4).unwrap();
+    // As long as storage is fast, names are looked up by the queue's own worker.
+    assert_eq!(inode_of(&mut guest, "fast"), INLINE);
+    // The first slow one is found out by waiting for it.
+    assert_eq!(inode_of(&mut guest, "slow"), INLINE);
+    // Whatever comes then is done beside it.
+    guest.add(1, 1, &lookup("slow")).unwrap();
+    guest.add(1, 2, &lookup("fast")).unwrap();
+    guest.queues[1].kick();
+    for expected in [2, 1] {
+        let used = guest.queues[1].wait(PATIENCE).unwrap();
+        assert_eq!(used.cookie, expected, "a fast name waited for a slow one");
+        let answer = guest.answer(usize::try_from(expected).unwrap(), used.len).unwrap();
+        assert_eq!(answer.u64_at(0).unwrap(), HANDED_OVER);
+    }
+    // When names are fast again, the way through the slow threads is given up. (On a busy machine some
+    // of these take long.)
+    assert!((0..1000).any(|_| inode_of(&mut guest, "fast") == INLINE), "it stays slow for ever");
+    drop(guest);
+    serving.join().unwrap();
+}

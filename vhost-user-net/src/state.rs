@@ -1,0 +1,55 @@
+//! A device's own state, as it moves to a newer daemon or to another host.
+//!
+//! Rings and features travel with the session. What is left is what control commands and the operator
+//! changed. JSON: readable, and a field more does no harm to an older reader.
+
+use serde::{Deserialize, Serialize};
+
+use crate::control::{Coalescing, RxFilter};
+
+/// What the control queue's commands set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlState {
+    /// Queue pairs in use.
+    pub pairs: u16,
+    /// `VIRTIO_NET_F_GUEST_*` bits in use.
+    pub offloads: u64,
+    /// Which frames the driver wants.
+    pub filter: RxFilter,
+    /// When it wants to be told of received and of sent frames.
+    pub coalescing: [Coalescing; 2],
+}
+
+/// Everything.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedState {
+    /// The guest's address in configuration space.
+    pub mac: [u8; 6],
+    /// The MTU there, bytes; 0: none.
+    pub mtu: u16,
+    /// `status` there.
+    pub status: u16,
+    /// With a control queue of ours.
+    pub control: Option<ControlState>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{Command, MacAddr};
+
+    #[test]
+    fn a_filter_survives_the_journey() {
+        let mut filter = RxFilter::for_station(Some(MacAddr([2, 0, 0, 0, 0, 1])), u64::MAX);
+        filter.apply(&Command::Vlan(4095, true));
+        filter.apply(&Command::MacTable {
+            unicast: Some(vec![MacAddr([2, 0, 0, 0, 0, 7])]),
+            multicast: None,
+        });
+        let coalescing = [Coalescing { max_packets: 8, max_usecs: 50 }, Coalescing::default()];
+        let control = Some(ControlState { pairs: 3, offloads: 0x82, filter, coalescing });
+        let state = SavedState { mac: [2, 0, 0, 0, 0, 1], mtu: 9000, status: 1, control };
+        let text = serde_json::to_vec(&state).unwrap();
+        assert_eq!(serde_json::from_slice::<SavedState>(&text).unwrap(), state);
+    }
+}

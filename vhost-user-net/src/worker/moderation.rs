@@ -1,0 +1,99 @@
+//! Fewer interrupts: at the driver's wish (VIRTIO_NET_F_NOTF_COAL, virtio 1.3, 5.1.6.5.7), and for sent
+//! frames of our own accord.
+//!
+//! # Theory of operation
+//! Used entries are shown as ever, so a driver that polls sees them at once. Only the signal is held
+//! back: until so many frames are used, or until so long after the first of them, whichever is first.
+//!
+//! An interrupt costs a sender dearly, a quarter of the daemon's time in a guest's bulk transfer, and says
+//! no more than that memory may be used again. So it is delayed a little even where the driver said
+//! nothing: not beyond a quarter of the ring, so that a full ring never waits for it.
+
+use std::time::{Duration, Instant};
+
+use outboard_common::ring::Queue;
+
+use crate::control::Coalescing;
+
+/// What a driver can wait for its sent frames' interrupt, microseconds. TCP has a millisecond's worth
+/// of data under way.
+const TX_USECS: u32 = 100;
+
+/// What is done for a transmit queue of `size` entries where the driver says nothing.
+pub(super) fn of_sent_frames(size: u16) -> Coalescing {
+    Coalescing { max_packets: u32::from(size / 4), max_usecs: TX_USECS }
+}
+
+/// One direction's signals.
+#[derive(Debug, Default)]
+pub(super) struct Moderation {
+    rule: Coalescing,
+    /// Frames used since the last signal.
+    frames: u64,
+    /// When the signal held back goes out at the latest.
+    due: Option<Instant>,
+}
+
+fn delays(rule: Coalescing) -> bool {
+    rule.max_packets > 1 && rule.max_usecs > 0
+}
+
+impl Moderation {
+    /// Follows the driver's `wish`, or `ours` if it has none.
+    pub(super) fn set(&mut self, wish: Coalescing, ours: Coalescing, queue: &mut Queue) {
+        let rule = if delays(wish) { wish } else { ours };
+        if rule == self.rule {
+            return;
+        }
+        self.rule = rule;
+        queue.hold_signals(delays(rule));
+        self.release(queue);
+    }
+
+    /// After a turn in which `frames` were used.
+    pub(super) fn after_turn(&mut self, queue: &mut Queue, frames: u64) {
+        if !delays(self.rule) {
+            return;
+        }
+        queue.publish();
+        self.frames += frames;
+        if !queue.owes_signal() {
+            self.due = None;
+            return;
+        }
+        let now = Instant::now();
+        let due = *self
+            .due
+            .get_or_insert_with(|| now + Duration::from_micros(self.rule.max_usecs.into()));
+        if self.frames >= u64::from(self.rule.max_packets) || due <= now {
+            self.release(queue);
+        }
+    }
+
+    /// When it wants to be looked at again.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// Signals if the time has come.
+    pub(super) fn on_time(&mut self, queue: &mut Queue, now: Instant) {
+        if self.due.is_some_and(|due| due <= now) {
+            self.release(queue);
+        }
+    }
+
+    /// The queue stops: nothing is held back any more.
+    pub(super) fn stop(&mut self, queue: &mut Queue) {
+        queue.publish();
+        queue.hold_signals(false);
+        self.release(queue);
+        self.rule = Coalescing::default();
+    }
+
+    /// Signals what was held back.
+    fn release(&mut self, queue: &mut Queue) {
+        self.frames = 0;
+        self.due = None;
+        queue.signal_now();
+    }
+}
