@@ -13,6 +13,7 @@ pub mod inverter;
 pub mod link_socket;
 pub mod loop_device;
 pub mod memory;
+pub mod mounted;
 pub mod netns;
 pub mod pcap;
 pub mod peers;

@@ -12,6 +12,7 @@ use outboard_common::cli::{
     CapabilitiesArgs, ControlArgs, HandoverArgs, LogArgs, MetricsArgs, SeccompArgs, SocketArgs,
     WorkerArgs, values::Size,
 };
+use outboard_common::sandbox::namespaces::id_map::IdMap;
 
 use crate::dax;
 use crate::device::Tag;
@@ -19,12 +20,13 @@ use crate::device::Tag;
 pub mod compat;
 mod values;
 
-pub use values::{CapabilityChanges, IdMapping};
+pub use values::CapabilityChanges;
 
 /// `--print-capabilities`' answer. QEMU's back-end program conventions.
 pub const CAPABILITIES: Capabilities = Capabilities {
     device_type: "fs",
     features: &[
+        "migrate-precopy",
         "posix-acl-negotiation-mode",
         "security-label-negotiation-mode",
         "separate-options",
@@ -257,11 +259,11 @@ pub struct SharingArgs {
 pub struct IdArgs {
     /// Users of the sandbox's user namespace, like :0:100000:65536: (may be repeated)
     #[arg(long, value_name = ":INSIDE:OUTSIDE:COUNT:", action = ArgAction::Append)]
-    pub uid_map: Vec<IdMapping>,
+    pub uid_map: Vec<IdMap>,
 
     /// Groups of the sandbox's user namespace (may be repeated)
     #[arg(long, value_name = ":INSIDE:OUTSIDE:COUNT:", action = ArgAction::Append)]
-    pub gid_map: Vec<IdMapping>,
+    pub gid_map: Vec<IdMap>,
 
     /// Translate users between guest and host: TYPE is guest, host, squash-guest, squash-host, forbid-guest
     /// or map (may be repeated)

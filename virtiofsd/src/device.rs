@@ -22,7 +22,7 @@ use zerocopy::{Immutable, IntoBytes};
 use crate::dax::ChannelWindow;
 use crate::fuse::extension::Origin;
 use crate::fuse::{Extension, Limits, Server};
-use crate::slow_pool::SlowPool;
+use crate::slow_pool::{LockThreads, SlowPool};
 use crate::worker::{FsWorker, Gauges};
 
 /// Bytes of a tag in configuration space; shorter tags end with NUL.
@@ -91,7 +91,7 @@ pub struct DeviceOptions {
     /// Request queues; `None`: what configuration space says is 1, and a VMM that decides itself may
     /// use up to 64.
     pub request_queues: Option<u16>,
-    /// Slow threads at the most; 0: requests that wait hold up their queue.
+    /// Slow threads at the most; 0: requests that wait hold up their queue, and locks are polled for.
     pub slow_threads: usize,
     /// How long the VMM may take to map or unmap.
     pub dax_timeout: Duration,
@@ -107,6 +107,7 @@ pub struct FsDevice<F> {
     options: DeviceOptions,
     server: Arc<Server<F>>,
     pool: Arc<SlowPool<F>>,
+    lock_threads: Arc<LockThreads<F>>,
     /// What has come of a way to the guest's DAX window.
     window: Mutex<WindowState>,
 }
@@ -123,7 +124,8 @@ impl<F: Extension> FsDevice<F> {
     pub fn new(fs: F, options: DeviceOptions) -> Self {
         let server = Arc::new(Server::new(fs, options.limits));
         let pool = Arc::new(SlowPool::new(server.clone(), options.slow_threads));
-        Self { options, server, pool, window: Mutex::default() }
+        let lock_threads = Arc::new(LockThreads::new(server.clone(), options.slow_threads > 0));
+        Self { options, server, pool, lock_threads, window: Mutex::default() }
     }
 
     /// The FUSE server.
@@ -210,7 +212,12 @@ impl<F: Extension> Device for FsDevice<F> {
     fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
         // A queue has the worker of its number.
         let gauges = Gauges::new(&self.options.metrics, u16::try_from(worker)?);
-        let worker = FsWorker::new(self.server.clone(), self.pool.clone(), gauges)?;
+        let worker = FsWorker::new(
+            self.server.clone(),
+            self.pool.clone(),
+            self.lock_threads.clone(),
+            gauges,
+        )?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))
     }

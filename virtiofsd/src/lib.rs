@@ -198,6 +198,7 @@ fn device_name(arguments: &Arguments, shared: &Path) -> String {
 /// The operator's mistakes, and what the system refuses.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = config(arguments)?;
+    confinement::check(arguments)?;
     logging::init(&arguments.log, "virtiofsd")?;
     let shared = arguments.shared_dir.as_deref().context("--shared-dir is needed")?;
     anyhow::ensure!(shared.is_dir(), "--shared-dir: {} is not a directory", shared.display());

@@ -8,8 +8,11 @@ use super::{CachePolicy, PassthroughFs, errno};
 use crate::fuse::wire::init;
 
 /// Switched on whenever the guest has them.
+///
+/// Not among them is ATOMIC_O_TRUNC, a SETATTR less for each file that is opened to be overwritten: Linux
+/// checks whether a file may be truncated (a running program may not, nor what a security module or
+/// Landlock protects) after OPEN, when it would be too late.
 const ALWAYS: u64 = init::ASYNC_READ
-    | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
     | init::AUTO_INVAL_DATA
     | init::ASYNC_DIO

@@ -18,8 +18,8 @@ use super::dir::Callback;
 use super::namespace::New;
 use super::{PassthroughFs, credentials};
 use crate::fuse::extension::{
-    CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, MapRequest, Origin,
-    ReadRequest, Wait, WriteRequest,
+    BlockForLock, CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, LockRequest,
+    MapRequest, Origin, ReadRequest, Wait, WriteRequest,
 };
 use crate::fuse::wire::{WRITE_KILL_SUIDGID, init};
 
@@ -352,18 +352,6 @@ impl FileSystem for PassthroughFs {
     ) -> io::Result<()> {
         self.do_setlk(inode, handle, owner, &lock, flags)
     }
-
-    fn setlkw(
-        &self,
-        _ctx: &Context,
-        inode: u64,
-        handle: u64,
-        owner: u64,
-        lock: FileLock,
-        flags: u32,
-    ) -> io::Result<()> {
-        self.do_setlkw(inode, handle, owner, &lock, flags)
-    }
 }
 
 impl Extension for PassthroughFs {
@@ -417,6 +405,15 @@ impl Extension for PassthroughFs {
         // Of a request that goes back into its ring, an append must not have been done.
         let repeatable = request.flags & libc::O_APPEND.cast_unsigned() == 0;
         self.growing(request.inode, repeatable, || self.do_write(request, data, wait))
+    }
+
+    fn wait_for_lock(
+        &self,
+        _ctx: &Context,
+        request: &LockRequest,
+        block: &mut BlockForLock<'_>,
+    ) -> io::Result<()> {
+        self.do_wait_for_lock(request, block)
     }
 
     fn attr_flags(&self, inode: u64, attr: &stat64) -> u32 {
