@@ -354,9 +354,11 @@ impl<H: QueueHandler> EventLoop<H> {
         }
         // Whoever asks from here on is served in the next round.
         std::mem::swap(&mut self.round, &mut self.cx.again);
-        while let Some(index) = self.round.pop() {
+        let mut round = std::mem::take(&mut self.round);
+        for index in round.drain(..) {
             self.kick(index);
         }
+        self.round = round;
         if self.cx.deadline.is_some_and(|d| d <= self.cx.now()) {
             self.cx.deadline = None;
             self.handler.on_timer(&mut self.cx);
