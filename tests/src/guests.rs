@@ -8,6 +8,7 @@
 pub mod initrd;
 mod job;
 pub mod qemu;
+pub mod qmp;
 mod running;
 pub mod uml;
 

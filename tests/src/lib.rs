@@ -2,8 +2,10 @@
 
 pub mod cargo_tool;
 pub mod daemon;
+pub mod dax_story;
 pub mod demo;
 pub mod driver;
+pub mod file_view;
 pub mod frontend;
 pub mod fuse_bridge;
 pub mod guests;
@@ -11,6 +13,7 @@ pub mod inverter;
 pub mod link_socket;
 pub mod loop_device;
 pub mod memory;
+pub mod mounted;
 pub mod netns;
 pub mod pcap;
 pub mod peers;

@@ -33,13 +33,15 @@ struct Recipe {
     name: &'static str,
     /// Debian packages, or apt patterns of them: names of kernel packages change with each upload.
     packages: &'static [&'static str],
+    /// Packages that are also kept as they came, in `/guest/debs`.
+    kept: &'static [&'static str],
     /// It has kernels, whose modules are made ready for guests.
     kernels: bool,
 }
 
 /// DPDK's testpmd, as a driver and generator that polls. Apart, since few need it.
 const DPDK: Recipe =
-    Recipe { name: "dpdk", packages: &["dpdk-dev", "busybox-static"], kernels: false };
+    Recipe { name: "dpdk", packages: &["dpdk-dev", "busybox-static"], kept: &[], kernels: false };
 
 /// Guests, VMMs, the peers and the guests' tools: everything but DPDK.
 const GUESTS: Recipe = Recipe {
@@ -63,6 +65,25 @@ const GUESTS: Recipe = Recipe {
         "iproute2",
         "socat",
     ],
+    kept: &[],
+};
+
+/// User Mode Linux with programs that try file systems, and packages to be unpacked.
+const SUITES: Recipe = Recipe {
+    name: "suites",
+    kernels: true,
+    packages: &[
+        "user-mode-linux",
+        "busybox-static",
+        "coreutils",
+        "diffutils",
+        "dpkg",
+        "findutils",
+        "git",
+        "stress-ng",
+        "tar",
+    ],
+    kept: &["diffutils", "findutils", "git-man", "perl-modules"],
 };
 
 /// A tool root that exists and is complete.
@@ -110,13 +131,16 @@ impl ToolRoot {
     /// The root for a test, or `None` after the test was counted as skipped.
     #[must_use]
     pub fn for_test() -> Option<&'static Self> {
-        match Self::guests() {
-            Ok(root) => Some(root),
-            Err(error) => {
-                skip::skip(&format!("no tool root: {error:#}"));
-                None
-            }
-        }
+        or_skip(Self::guests())
+    }
+
+    /// The root with the suites that try file systems, for a test, or `None` after the test was counted
+    /// as skipped. Built on first use (about half a minute and 700 MiB).
+    #[must_use]
+    pub fn suites_for_test() -> Option<&'static Self> {
+        static ROOT: OnceLock<Result<ToolRoot>> = OnceLock::new();
+        let root = ROOT.get_or_init(|| build::cached(&SUITES, None).map(|path| Self { path }));
+        or_skip(root.as_ref().map_err(|error| anyhow!("{error:#}")))
     }
 
     /// The host's path of `path` of the root, for reading.
@@ -144,4 +168,8 @@ impl ToolRoot {
         plan.apply(&mut command);
         Ok(command)
     }
+}
+
+fn or_skip(root: Result<&'static ToolRoot>) -> Option<&'static ToolRoot> {
+    root.map_err(|error| skip::skip(&format!("no tool root: {error:#}"))).ok()
 }

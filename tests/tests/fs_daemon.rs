@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -42,6 +42,36 @@ fn lock(opcode: u32, inode: u64, handle: u64, owner: u64, kind: u32, flags: u32)
     Message::new(opcode, inode, &words)
 }
 
+/// Waits until `path` is a socket that takes connections, and uses the directory through it.
+fn served_at(path: &Path) {
+    let end = Instant::now() + PATIENCE;
+    while !path.exists() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut guest = loop {
+        match FsClient::start(path, 1, 1) {
+            Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(20)),
+            result => break result.unwrap(),
+        }
+    };
+    assert!(guest.lookup(1, "file").unwrap() > 1);
+}
+
+/// A shell command in which `virtiofsd` is ours and descriptor 3 a listening socket.
+fn shell(line: &str, listener: Option<&UnixListener>) -> Command {
+    let program = bin("virtiofsd").unwrap();
+    let mut line = line.replace("virtiofsd ", &format!("{} ", program.display()));
+    if let Some(listener) = listener {
+        rustix::io::fcntl_setfd(listener, rustix::io::FdFlags::empty()).unwrap();
+        line = format!("{line} 3<&{}", listener.as_raw_fd());
+    }
+    // Not every sh takes descriptors of two digits.
+    let mut command = Command::new("bash");
+    command.args(["-c", &line]);
+    command
+}
+
+/// The line of Kata's Go runtime, word for word: a listening socket as descriptor 3, the system log.
 #[test]
 fn a_daemon_that_is_told_to_leave_while_it_starts_leaves() {
     let (dir, shared) = shared_dir();
@@ -65,28 +95,60 @@ fn a_daemon_that_is_told_to_leave_while_it_starts_leaves() {
 
 #[test]
 fn kata_starts_it_with_a_listening_descriptor() {
+    if !rustix::process::geteuid().is_root() {
+        return testkit::skip::skip("a system log of its own needs root");
+    }
     let (dir, shared) = shared_dir();
     let socket = dir.path().join("kata.sock");
     let listener = UnixListener::bind(&socket).unwrap();
-    // Kata's words, but for the system log, which a build machine may not have.
-    let script = format!(
-        "exec {} --cache=auto --shared-dir={} --fd=3 --thread-pool-size=1 --announce-submounts 3<&{}",
-        bin("virtiofsd").unwrap().display(),
+    let log = UnixDatagram::bind(dir.path().join("log")).unwrap();
+    log.set_read_timeout(Some(PATIENCE)).unwrap();
+    // A /dev with nothing but our system log, for this process alone.
+    let line = format!(
+        "mount -t tmpfs none /dev && : >/dev/log && mount --bind {} /dev/log && exec \
+         virtiofsd --syslog --cache=auto --shared-dir={} --fd=3 --thread-pool-size=1 --announce-submounts",
+        dir.path().join("log").display(),
         shared.display(),
-        listener.as_raw_fd(),
     );
-    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
-    let mut child =
-        Command::new("sh").args(["-c", &script]).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let ready = lines
-        .find(|line| line.as_ref().unwrap().contains("Waiting for vhost-user socket connection"));
-    assert!(ready.is_some());
-    let mut guest = FsClient::start(&socket, 1, 1).unwrap();
-    assert!(guest.lookup(1, "file").unwrap() > 1);
-    drop(guest);
+    let mut command = Command::new("unshare");
+    command.arg("--mount").arg("bash").args(shell(&line, Some(&listener)).get_args());
+    let mut child = command.spawn().unwrap();
+    let mut text = [0; 4096];
+    let ready = (0..50).any(|_| {
+        let n = log.recv(&mut text).unwrap();
+        String::from_utf8_lossy(&text[..n]).contains("Waiting for vhost-user socket connection")
+    });
+    assert!(ready);
+    served_at(&socket);
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// The line of Kata's Rust runtime, which reads the error output, and libvirt's, old and new.
+#[test]
+fn kata_and_libvirt_start_it_as_they_are_used_to() {
+    let lines = [
+        "virtiofsd --socket-path SOCKET --shared-dir DIR --cache auto --thread-pool-size=1 \
+         -o announce_submounts --xattr",
+        "virtiofsd --fd=3 -o source=DIR,cache=always,sandbox=namespace,xattr,no_flock,no_posix_lock",
+        "virtiofsd --fd=3 --shared-dir DIR --cache auto --sandbox namespace --xattr --log-level=info",
+    ];
+    for line in lines {
+        let (dir, shared) = shared_dir();
+        let socket = dir.path().join("s.sock");
+        let listener = line.contains("--fd").then(|| UnixListener::bind(&socket).unwrap());
+        let line = line.replace("DIR", &shared.display().to_string());
+        let line = line.replace("SOCKET", &socket.display().to_string());
+        let line = format!("exec {line}");
+        let mut child = shell(&line, listener.as_ref()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let ready =
+            lines.any(|line| line.unwrap().contains("Waiting for vhost-user socket connection"));
+        assert!(ready, "{line}");
+        served_at(&socket);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }
 
 #[test]
@@ -151,6 +213,104 @@ fn malformed_messages_end_nothing() {
     }
     assert!(guest.lookup(1, "file").is_ok());
     assert!(daemon.is_running());
+}
+
+/// `OUTBOARD_FUZZ_MESSAGES` sets how many messages; the promise was tried with a million.
+#[test]
+fn random_messages_end_nothing_and_reach_nothing_outside() {
+    let messages: u64 =
+        std::env::var("OUTBOARD_FUZZ_MESSAGES").map_or(20_000, |text| text.parse().unwrap());
+    let (dir, shared) = shared_dir();
+    fs::write(dir.path().join("outside"), "untouched").unwrap();
+    let arguments = ["--xattr", "--posix-acl", "--posix-lock", "--flock", "--sandbox=none"];
+    let mut daemon = serve(dir.path(), "s", &arguments);
+    let mut guest = FsClient::start(daemon.socket(), 1, 1).unwrap();
+    let mut dice = Dice { state: 0x2545_f491_4f6c_dd1d, words: [1; 5] };
+    for n in 0..messages {
+        if n % 1000 == 0 {
+            // What the messages removed, replaced and closed is there again.
+            let file = shared.join("file");
+            let _ = fs::remove_file(&file);
+            let _ = fs::remove_dir_all(&file);
+            fs::write(file, "contents").unwrap();
+            let inode = guest.lookup(1, "file").unwrap();
+            dice.words = [1, inode, guest.open(inode, libc::O_RDWR).unwrap(), 2, 3];
+        }
+        let message = dice.message();
+        guest.add(1, 0, &message).unwrap();
+        guest.queues[1].kick();
+        guest.queues[1].wait(PATIENCE).unwrap_or_else(|error| panic!("{n}: {message:?}: {error}"));
+    }
+    assert!(guest.lookup(1, "..").is_err());
+    drop(guest);
+    assert!(FsClient::start(daemon.socket(), 1, 1).unwrap().lookup(1, "file").is_ok());
+    assert!(daemon.is_running());
+    assert_eq!(fs::read(dir.path().join("outside")).unwrap(), b"untouched");
+    let mut there: Vec<_> =
+        fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    there.sort();
+    assert_eq!(there, ["outside", "s", "s.log", "shared"]);
+}
+
+/// Messages that are nearly right: known inodes and handles, small numbers, names.
+struct Dice {
+    state: u64,
+    /// Root, an inode, a handle of it, and others.
+    words: [u64; 5],
+}
+
+impl Dice {
+    fn roll(&mut self, below: u64) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        (self.state >> 11) % below
+    }
+
+    fn word(&mut self) -> u64 {
+        match self.roll(8) {
+            0..4 => self.words[usize::try_from(self.roll(5)).unwrap()],
+            4 => self.roll(5000),
+            5 => 1 << self.roll(64),
+            6 => u64::MAX - self.roll(3),
+            _ => 0,
+        }
+    }
+
+    fn message(&mut self) -> Message {
+        const NAMES: [&[u8]; 8] = [
+            b"file\0",
+            b"..\0",
+            b"../outside\0",
+            b"new\0",
+            b"user.x\0",
+            b"a/b\0",
+            b"\0",
+            b"no end",
+        ];
+        // SETLKW may wait for its own earlier lock, INIT and DESTROY would end what is tried.
+        let opcode = loop {
+            let opcode = u32::try_from(self.roll(60)).unwrap();
+            if !matches!(opcode, op::SETLKW | op::INIT | 38) {
+                break opcode;
+            }
+        };
+        // FALLOCATE and COPY_FILE_RANGE of a large size would fill the disk.
+        let large = !matches!(opcode, op::FALLOCATE | 47 | 53);
+        let words = self.roll(9);
+        let mut body: Vec<u8> = (0..words)
+            .flat_map(|_| self.word().min(if large { u64::MAX } else { 5000 }).to_ne_bytes())
+            .collect();
+        for _ in 0..self.roll(3) {
+            body.extend(NAMES[usize::try_from(self.roll(8)).unwrap()]);
+        }
+        if self.roll(4) == 0 {
+            body.truncate(usize::try_from(self.roll(80)).unwrap());
+        }
+        let nodeid = self.words[usize::try_from(self.roll(3)).unwrap()];
+        let data_out = u32::try_from(self.roll(2) * self.roll(9000)).unwrap();
+        Message { opcode, nodeid, body, data_out, data_in: 0 }
+    }
 }
 
 #[test]
@@ -302,7 +462,10 @@ fn capabilities_are_told_whatever_else_is_asked() {
         .unwrap();
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("\"type\": \"fs\"") && text.contains("separate-options"), "{text}");
+    assert!(text.contains("\"type\": \"fs\""), "{text}");
+    for feature in ["migrate-precopy", "separate-options", "posix-acl-negotiation-mode"] {
+        assert!(text.contains(feature), "{text}");
+    }
 }
 
 #[test]

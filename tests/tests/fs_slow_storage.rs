@@ -62,8 +62,9 @@ fn names_from_slow_storage_hold_up_no_queue() {
             tag: None,
             request_queues: Some(1),
             slow_threads: 4,
+            dax_timeout: PATIENCE,
             limits: Limits::default(),
-            metrics: Registry::new("test").device("fs0"),
+            metrics: Registry::new("virtiofsd").device("fs0"),
         };
         let device = Arc::new(FsDevice::new(Names, options));
         let (stream, _) = listener.accept().unwrap();

@@ -8,14 +8,14 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::Context as _;
-use outboard_common::sandbox::namespaces::id_map::{IdMap, IdMaps};
+use outboard_common::sandbox::namespaces::id_map::IdMaps;
 use outboard_common::sandbox::namespaces::root;
 use outboard_common::sandbox::{
     CapabilitySet, Outcome, Stage, StageError, Stages, capabilities, rlimits, stages,
 };
 use rustix::fs::{Mode, OFlags, open};
 
-use crate::cli::{Arguments, ConfinementArgs, IdArgs, IdMapping, InodeHandles, Sandbox};
+use crate::cli::{Arguments, ConfinementArgs, IdArgs, InodeHandles, Sandbox};
 use crate::seccomp;
 
 /// Descriptors that may be open, where the operator says nothing and the system allows more.
@@ -49,19 +49,15 @@ fn usual_capabilities(handles: InodeHandles) -> CapabilitySet {
 
 /// The ids of the user namespace; `None` when there need not be one.
 fn id_maps(ids: &IdArgs) -> Option<IdMaps> {
-    let map = |list: &[IdMapping]| -> Vec<IdMap> {
-        let one = |m: &IdMapping| IdMap { inside: m.inside, outside: m.outside, count: m.count };
-        list.iter().map(one).collect()
-    };
     if ids.uid_map.is_empty() && ids.gid_map.is_empty() {
         return (!rustix::process::geteuid().is_root()).then(IdMaps::self_as_root);
     }
     let mut maps = IdMaps::self_as_root();
     if !ids.uid_map.is_empty() {
-        maps.users = map(&ids.uid_map);
+        maps.users.clone_from(&ids.uid_map);
     }
     if !ids.gid_map.is_empty() {
-        maps.groups = map(&ids.gid_map);
+        maps.groups.clone_from(&ids.gid_map);
     }
     Some(maps)
 }
@@ -85,6 +81,21 @@ fn open_files(stages: &mut Stages, args: &ConfinementArgs) -> anyhow::Result<()>
             stages.attempt(Stage::Rlimits, || rlimits::open_files(OPEN_FILES.min(allowed)));
         }
     }
+    Ok(())
+}
+
+/// Whether the options fit together.
+///
+/// # Errors
+/// Maps of ids for a user namespace that there will not be.
+pub(crate) fn check(arguments: &Arguments) -> anyhow::Result<()> {
+    let IdArgs { uid_map, gid_map, .. } = &arguments.ids;
+    let maps = !uid_map.is_empty() || !gid_map.is_empty();
+    anyhow::ensure!(
+        !maps || arguments.confinement.sandbox == Sandbox::Namespace,
+        "--uid-map and --gid-map need the user namespace of --sandbox=namespace (--translate-uid and \
+         --translate-gid do not)"
+    );
     Ok(())
 }
 

@@ -13,6 +13,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ pub struct Finished {
     pub queue: u16,
     /// What became of it.
     pub outcome: Outcome,
+    /// The number of a SETLKW that waited on a [`LockThreads`] thread.
+    pub lock: Option<u64>,
     /// When it was handed over.
     pub begun: Instant,
     /// Bytes read from files.
@@ -83,6 +86,14 @@ impl Mailbox {
         while finished.is_empty() {
             finished = self.arrived.wait(finished).unwrap_or_else(PoisonError::into_inner);
         }
+        std::mem::swap(&mut *finished, into);
+    }
+
+    /// As [`Self::wait`], but not longer than `timeout`.
+    pub fn wait_for(&self, into: &mut Vec<Finished>, timeout: Duration) {
+        let finished = lock(&self.finished);
+        let waited = self.arrived.wait_timeout_while(finished, timeout, |list| list.is_empty());
+        let mut finished = waited.unwrap_or_else(PoisonError::into_inner).0;
         std::mem::swap(&mut *finished, into);
     }
 }
@@ -196,8 +207,77 @@ fn run<F: Extension>(server: &Server<F>, mut job: Job, scratch: &mut Scratch) {
         queue: job.queue,
         begun: job.begun,
         outcome,
+        lock: None,
         bytes_read: std::mem::take(&mut scratch.bytes_read),
         bytes_written: std::mem::take(&mut scratch.bytes_written),
         took,
     });
+}
+
+/// Threads that wait for locks at the most. A guest decides how many locks it waits for; those for which
+/// there is no thread are tried again and again by their worker.
+const LOCK_THREADS: usize = 64;
+
+/// Threads that wait for a lock each, and are gone when they have it.
+#[derive(Debug)]
+pub struct LockThreads<F> {
+    server: Arc<Server<F>>,
+    running: Arc<AtomicUsize>,
+    most: usize,
+}
+
+impl<F: Extension> LockThreads<F> {
+    /// No threads yet, and none at all unless `allowed`.
+    pub fn new(server: Arc<Server<F>>, allowed: bool) -> Self {
+        Self { server, running: Arc::default(), most: if allowed { LOCK_THREADS } else { 0 } }
+    }
+
+    /// Has the SETLKW in `chain`, of `queue` and with number `unique`, wait for its lock; it comes back in
+    /// `done`.
+    ///
+    /// # Errors
+    /// There are enough threads, or no more can be made: the chain comes back.
+    pub fn submit(
+        &self,
+        chain: Box<Chain>,
+        (queue, unique): (u16, u64),
+        done: &Arc<Mailbox>,
+    ) -> Result<(), Box<Chain>> {
+        if self.running.fetch_add(1, Ordering::Relaxed) >= self.most {
+            self.running.fetch_sub(1, Ordering::Relaxed);
+            return Err(chain);
+        }
+        let (server, running, done) = (self.server.clone(), self.running.clone(), done.clone());
+        // Shared, so that it is not lost with a thread that cannot be made.
+        let chain = Arc::new(Mutex::new(Some(chain)));
+        let taken = chain.clone();
+        let begun = Instant::now();
+        let body = move || {
+            let taken = lock(&taken).take();
+            if let Some(mut chain) = taken {
+                server.file_system().on_thread();
+                let mut scratch = Scratch::default();
+                let outcome = server.handle(&mut chain, &mut scratch, Wait::ForLock);
+                running.fetch_sub(1, Ordering::Relaxed);
+                done.put(Finished {
+                    chain,
+                    queue,
+                    outcome,
+                    lock: Some(unique),
+                    begun,
+                    bytes_read: 0,
+                    bytes_written: 0,
+                    took: begun.elapsed(),
+                });
+            }
+        };
+        match std::thread::Builder::new().name("lock".to_owned()).spawn(body) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.running.fetch_sub(1, Ordering::Relaxed);
+                tracing::warn!(%error, "no thread to wait for a lock");
+                lock(&chain).take().map_or(Ok(()), Err)
+            }
+        }
+    }
 }

@@ -3,8 +3,8 @@
 //! # Theory of operation
 //! Each queue has a worker of its own. It does what needs no waiting at once, on its own thread; the
 //! rest goes to the [`SlowPool`] and comes back through the worker's [`Mailbox`]. A SETLKW whose lock
-//! is taken stays here and is tried again by a timer, so that any number of waiting guests costs no
-//! thread and a lock can never be waited for by more than its queue's length.
+//! is taken goes to a thread of its own ([`LockThreads`]); if there are too many, it stays here and is
+//! tried again by a timer, so that any number of waiting guests costs a few threads at most.
 //!
 //! Whether a name is in memory, or whether a write will be made to wait, the kernel does not tell beforehand.
 //! So the worker learns: when batches take milliseconds and the thread waited in them, storage is slow at
@@ -28,7 +28,7 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use crate::fuse::reply::Reply;
 use crate::fuse::wire::InHeader;
 use crate::fuse::{Extension, Outcome, Scratch, Server, Wait};
-use crate::slow_pool::{Finished, Mailbox, SlowPool};
+use crate::slow_pool::{Finished, LockThreads, Mailbox, SlowPool};
 use crate::thread_waits;
 
 /// Requests done in one go before other events get their turn.
@@ -55,6 +55,9 @@ const FAST_REQUEST: Duration = Duration::from_micros(200);
 const FAST_ROW: u8 = 16;
 
 const TOKEN_MAILBOX: u64 = 1;
+
+/// Between two interruptions of those who wait for locks, until all are back.
+const INTERRUPT_AGAIN: Duration = Duration::from_millis(20);
 
 /// Whether storage is slow at present.
 #[derive(Debug, Default)]
@@ -101,7 +104,7 @@ impl Pace {
     }
 }
 
-/// A SETLKW whose lock is taken.
+/// A SETLKW whose lock is taken, and that has no thread.
 #[derive(Debug)]
 struct Waiting {
     chain: Box<Chain>,
@@ -144,6 +147,9 @@ pub struct FsWorker<F: Extension> {
     away: usize,
     locks: Vec<Waiting>,
     lock_pause: Duration,
+    lock_threads: Arc<LockThreads<F>>,
+    /// The SETLKW requests that wait on threads.
+    lock_waits: Vec<u64>,
     gauges: Gauges,
     /// Requests that this worker answered itself and that are in no latency yet.
     answered: u64,
@@ -151,11 +157,16 @@ pub struct FsWorker<F: Extension> {
 }
 
 impl<F: Extension> FsWorker<F> {
-    /// A worker that gives slow requests to `pool`.
+    /// A worker that gives slow requests to `pool`, and waits for locks on `lock_threads`.
     ///
     /// # Errors
     /// The process is out of descriptors.
-    pub fn new(server: Arc<Server<F>>, pool: Arc<SlowPool<F>>, gauges: Gauges) -> io::Result<Self> {
+    pub fn new(
+        server: Arc<Server<F>>,
+        pool: Arc<SlowPool<F>>,
+        lock_threads: Arc<LockThreads<F>>,
+        gauges: Gauges,
+    ) -> io::Result<Self> {
         Ok(Self {
             server,
             pool,
@@ -167,6 +178,8 @@ impl<F: Extension> FsWorker<F> {
             away: 0,
             locks: Vec::new(),
             lock_pause: LOCK_PAUSE.0,
+            lock_threads,
+            lock_waits: Vec::new(),
             gauges,
             answered: 0,
             pace: Pace::default(),
@@ -222,8 +235,13 @@ impl<F: Extension> FsWorker<F> {
         let written = match outcome {
             Outcome::Done(written) => written,
             Outcome::Locked { unique } => {
-                self.lock_pause = LOCK_PAUSE.0;
-                self.locks.push(Waiting { chain, queue: queue.index(), unique });
+                match self.lock_threads.submit(chain, (queue.index(), unique), &self.mailbox) {
+                    Ok(()) => {
+                        self.away += 1;
+                        self.lock_waits.push(unique);
+                    }
+                    Err(chain) => self.try_again(Waiting { chain, queue: queue.index(), unique }),
+                }
                 return 0;
             }
             // Chains popped after it may be done already, so it cannot go back into the ring.
@@ -237,6 +255,12 @@ impl<F: Extension> FsWorker<F> {
         queue.push(&mut chain, written);
         self.spare.push(chain);
         written
+    }
+
+    /// Keeps a lock request to be tried again soon.
+    fn try_again(&mut self, waiting: Waiting) {
+        self.lock_pause = LOCK_PAUSE.0;
+        self.locks.push(waiting);
     }
 
     /// Counts the bytes of a batch, and takes note of how long it took.
@@ -257,14 +281,27 @@ impl<F: Extension> FsWorker<F> {
         let mut finished = std::mem::take(&mut self.finished);
         for done in finished.drain(..) {
             self.away -= 1;
-            self.pace.after_slow_thread(done.took);
+            match done.lock {
+                Some(unique) => self.lock_waits.retain(|one| *one != unique),
+                None => self.pace.after_slow_thread(done.took),
+            }
             // A queue is there as long as one of its chains is away.
             let Some(queue) = cx.queues.get(done.queue) else { continue };
             self.scratch.bytes_read += done.bytes_read;
             self.scratch.bytes_written += done.bytes_written;
             self.count_bytes(queue);
-            self.settle(done.chain, done.outcome, queue);
-            self.gauges.latency.record_since(done.begun, 1);
+            match done.outcome {
+                // From a file system that cannot wait for locks.
+                Outcome::Locked { unique } => {
+                    self.try_again(Waiting { chain: done.chain, queue: done.queue, unique });
+                }
+                outcome => {
+                    self.settle(done.chain, outcome, queue);
+                }
+            }
+            if done.lock.is_none() {
+                self.gauges.latency.record_since(done.begun, 1);
+            }
         }
         self.finished = finished;
         self.rest(cx);
@@ -294,7 +331,7 @@ impl<F: Extension> FsWorker<F> {
         self.locks = staying;
         let ending: Vec<Waiting> = ending;
         for mut waiting in ending {
-            self.server.forget_lock(waiting.unique);
+            self.server.lock_waits().forget(waiting.unique);
             let Some(queue) = cx.queues.get(index) else { continue };
             let written = interrupted(&mut waiting.chain);
             queue.push(&mut waiting.chain, written);
@@ -302,11 +339,17 @@ impl<F: Extension> FsWorker<F> {
         }
     }
 
-    /// Waits for everything that is with the slow threads.
+    /// Waits for everything that is with other threads; waits for locks are interrupted.
     fn drain(&mut self, cx: Option<&mut Context>) {
         let mut cx = cx;
         while self.away > 0 {
-            self.mailbox.wait(&mut self.finished);
+            for unique in &self.lock_waits {
+                self.server.lock_waits().interrupt(*unique);
+            }
+            match self.lock_waits.is_empty() {
+                true => self.mailbox.wait(&mut self.finished),
+                false => self.mailbox.wait_for(&mut self.finished, INTERRUPT_AGAIN),
+            }
             match &mut cx {
                 Some(cx) => self.collect(cx),
                 None => self.away -= self.finished.drain(..).count(),

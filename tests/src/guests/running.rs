@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
+use super::qmp::Qmp;
+
 /// What `jobs/init.sh` prints at the very end.
 const END_OF_JOB: &str = "init: job ended with ";
 /// How often a guest's state is looked at.
@@ -79,6 +81,14 @@ impl RunningGuest {
     /// When the process cannot be waited for.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.child.try_wait().context("wait for the guest")?.is_some())
+    }
+
+    /// QEMU's monitor.
+    ///
+    /// # Errors
+    /// The guest does not run in QEMU.
+    pub fn qmp(&self) -> Result<Qmp> {
+        Qmp::connect(&self.dir.path().join("qmp"))
     }
 
     /// What the console shows so far.

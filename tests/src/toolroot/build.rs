@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal};
 
 use super::{Recipe, ToolRoot};
@@ -20,6 +20,8 @@ const SUITE: &str = "forky";
 const LAYOUT: u32 = 1;
 /// Kernel packages are replaced in the archive now and then while a download runs.
 const ATTEMPTS: u32 = 3;
+/// What a root and the packages it is unpacked from take.
+const ROOM_MIB: u64 = 900;
 /// How often a running `mmdebstrap` is looked at.
 const POLL: Duration = Duration::from_millis(20);
 /// For how long a failed build is not repeated.
@@ -46,6 +48,9 @@ const NSSWITCH: &str = "passwd: files\ngroup: files\nhosts: files dns\n";
 pub(super) fn cached(recipe: &Recipe, stop: Option<&AtomicBool>) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
     (recipe.packages, SUITE, LAYOUT).hash(&mut hasher);
+    if !recipe.kept.is_empty() {
+        recipe.kept.hash(&mut hasher);
+    }
     let cache = cache_dir()?;
     let root = cache.join(format!("{}-{:016x}", recipe.name, hasher.finish()));
     if root.exists() {
@@ -93,6 +98,7 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
 
 fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Result<()> {
     let mirror = mirror()?;
+    ensure_room(cache)?;
     let partial = cache.join(format!("{}.partial", recipe.name));
     for attempt in 1..=ATTEMPTS {
         remove_tree(&partial)?;
@@ -110,6 +116,7 @@ fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Resul
         }
     }
     furnish(&partial).context("furnish the tool root")?;
+    keep(recipe, &partial).context("keep packages in the tool root")?;
     fs::rename(&partial, root).context("put the tool root in place")?;
     // Modules are unpacked by the root's own tools, so the root is in place first; it is taken
     // away again when that fails.
@@ -119,6 +126,19 @@ fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Resul
         })?;
     }
     progress("the tool root is ready");
+    Ok(())
+}
+
+/// `tar` does not say why it failed, so that the usual reason is looked for first.
+fn ensure_room(cache: &Path) -> Result<()> {
+    let disk = rustix::fs::statvfs(cache).context("look for room")?;
+    let free_mib = (disk.f_bavail * disk.f_frsize) >> 20;
+    ensure!(
+        free_mib >= ROOM_MIB,
+        "{free_mib} MiB are free in {}, and the guest's tools need {ROOM_MIB} while they are unpacked: \
+         make room there, or set OUTBOARD_CACHE to another place",
+        cache.display()
+    );
     Ok(())
 }
 
@@ -156,6 +176,8 @@ fn unpack(recipe: &Recipe, root: &Path, mirror: &str, stop: &AtomicBool) -> Resu
             ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"]
                 .map(|path| format!("--dpkgopt=path-exclude={path}")),
         )
+        // The packages themselves are taken care of in `keep`.
+        .arg("--skip=cleanup/apt/cache")
         .arg(format!("--include={}", recipe.packages.join(",")))
         .args([SUITE.as_ref(), root.as_os_str(), mirror.as_ref()])
         .stdin(Stdio::null())
@@ -225,10 +247,38 @@ fn furnish(root: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Moves the packages that are kept to `/guest/debs`, and removes the others.
+fn keep(recipe: &Recipe, root: &Path) -> Result<()> {
+    let (archives, debs) = (root.join("var/cache/apt/archives"), root.join("guest/debs"));
+    fs::create_dir_all(&debs)?;
+    let mut count = 0;
+    for entry in fs::read_dir(&archives).with_context(|| format!("read {}", archives.display()))? {
+        let name = entry?.file_name();
+        // NAME_VERSION_ARCHITECTURE.deb, where the name itself may end with a version.
+        let package = name.to_string_lossy();
+        let package = package.split('_').next().unwrap_or_default();
+        let same = |kept: &&str| {
+            let rest = package.strip_prefix(*kept);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        };
+        if recipe.kept.iter().any(same) {
+            fs::rename(archives.join(&name), debs.join(&name))?;
+            count += 1;
+        }
+    }
+    if count < recipe.kept.len() {
+        bail!("{} does not have all of {:?}", archives.display(), recipe.kept);
+    }
+    remove_tree(&archives)
+}
+
 /// Puts each kernel's modules, unpacked and in loading order, where the guests look for them:
 /// `/guest/{uml,qemu}/NN-name.ko`, and the kernel of QEMU's guests at `/guest/qemu/vmlinuz`.
 fn collect_modules(root: &Path) -> Result<()> {
     for (guest, modules) in [("uml", "usr/lib/uml/modules"), ("qemu", "usr/lib/modules")] {
+        if !root.join(modules).exists() {
+            continue; // not a root with this kind of guest
+        }
         let target = root.join("guest").join(guest);
         fs::create_dir_all(&target)?;
         let version = only_entry(&root.join(modules))?;

@@ -99,7 +99,7 @@ fn maps_repeat() {
     let a = read(
         "virtiofsd --uid-map :0:1000:1: --uid-map /1/100000/65535/ --translate-uid map:0:1:2 --translate-uid guest:5:6:1",
     );
-    assert_eq!(a.ids.uid_map[1], IdMapping { inside: 1, outside: 100_000, count: 65535 });
+    assert_eq!(a.ids.uid_map[1], IdMap { inside: 1, outside: 100_000, count: 65535 });
     assert_eq!(a.ids.translate_uid.len(), 2);
 }
 

@@ -5,45 +5,6 @@ use std::time::Duration;
 
 use rustix::thread::CapabilitySet;
 
-/// `--uid-map` and `--gid-map`: ids of a user namespace. The first character is the separator.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IdMapping {
-    /// First id inside.
-    pub inside: u32,
-    /// First id outside.
-    pub outside: u32,
-    /// How many.
-    pub count: u32,
-}
-
-/// Why a mapping of ids cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not a map of ids: write :INSIDE:OUTSIDE:COUNT:, each a number, and COUNT at least 1")]
-pub struct IdMappingError;
-
-impl FromStr for IdMapping {
-    type Err = IdMappingError;
-
-    fn from_str(text: &str) -> Result<Self, IdMappingError> {
-        let mut chars = text.chars();
-        let separator = chars.next().filter(|c| !c.is_ascii_digit()).ok_or(IdMappingError)?;
-        let rest = chars.as_str().strip_suffix(separator).ok_or(IdMappingError)?;
-        let fields: Vec<u32> =
-            rest.split(separator).map_while(|field| field.parse().ok()).collect();
-        match *fields {
-            [inside, outside, count]
-                if count > 0
-                    && rest.split(separator).count() == 3
-                    && inside.checked_add(count - 1).is_some()
-                    && outside.checked_add(count - 1).is_some() =>
-            {
-                Ok(Self { inside, outside, count })
-            }
-            _ => Err(IdMappingError),
-        }
-    }
-}
-
 /// `--modcaps`: capabilities to keep or drop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CapabilityChanges {
@@ -97,4 +58,14 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let wrong = || format!("'{text}' is not a number of seconds");
     let seconds: f64 = text.parse().map_err(|_not_a_number| wrong())?;
     Duration::try_from_secs_f64(seconds).map_err(|_out_of_range| wrong())
+}
+
+/// From a thousandth of a second to a day.
+pub(super) fn some_seconds(text: &str) -> Result<Duration, String> {
+    let duration = seconds(text)?;
+    let allowed = Duration::from_millis(1)..=Duration::from_secs(86_400);
+    if allowed.contains(&duration) {
+        return Ok(duration);
+    }
+    Err(format!("'{text}' is not from 0.001 to 86400 seconds"))
 }

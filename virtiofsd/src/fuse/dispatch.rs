@@ -9,13 +9,12 @@
 //! A request that would have to wait is not done with [`Wait::Never`]: the outcome is then
 //! [`Outcome::Slow`], the chain is as it was popped, and the caller has the request done again on
 //! another thread with [`Wait::Allowed`]. A SETLKW whose lock is taken comes back as
-//! [`Outcome::Locked`]: the caller keeps the chain and asks again later; INTERRUPT makes the next
-//! attempt end with `EINTR`.
+//! [`Outcome::Locked`]: the caller keeps the chain and asks again later, or on a thread that may wait for
+//! the lock ([`Wait::ForLock`]); INTERRUPT ends the wait with `EINTR`.
 
-use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileLock, GetxattrReply, IoctlData, ListxattrReply, SetattrValid,
@@ -23,7 +22,10 @@ use fuse_backend_rs::api::filesystem::{
 use outboard_common::ring::{Chain, IoVecs};
 
 use super::Opcode;
-use super::extension::{Created, DaxWindow, Extension, ReadRequest, Wait, WriteRequest};
+use super::extension::{
+    Created, DaxWindow, Extension, LockRequest, ReadRequest, Wait, WriteRequest,
+};
+use super::lock_waits::LockWaits;
 use super::reply::{HEADER_SIZE, Listing, Reply, errno};
 use super::request::{self, Dialect, Request};
 use super::wire::{self, EntryOut, InHeader, InitOut, OpenOut, init};
@@ -66,7 +68,7 @@ pub enum Outcome {
     Postponed,
     /// It waits for a lock: try again.
     Locked {
-        /// The request's number, for [`Server::forget_lock`].
+        /// The request's number, for [`Server::lock_waits`].
         unique: u64,
     },
 }
@@ -92,8 +94,7 @@ pub struct Server<F> {
     limits: Limits,
     /// What INIT agreed on, and [`STARTED`].
     session: AtomicU64,
-    /// SETLKW requests that wait, and whether INTERRUPT asked them to stop.
-    locks: Mutex<BTreeMap<u64, bool>>,
+    locks: LockWaits,
 }
 
 impl<F> std::fmt::Debug for Server<F> {
@@ -140,7 +141,7 @@ const fn reply_size(opcode: Opcode) -> usize {
 impl<F: Extension> Server<F> {
     /// A server of `fs`.
     pub fn new(fs: F, limits: Limits) -> Self {
-        Self { fs, limits, session: AtomicU64::new(0), locks: Mutex::default() }
+        Self { fs, limits, session: AtomicU64::new(0), locks: LockWaits::default() }
     }
 
     /// The file system.
@@ -169,12 +170,12 @@ impl<F: Extension> Server<F> {
         if self.session.swap(0, Ordering::AcqRel) != 0 {
             self.fs.destroy();
         }
-        self.locks.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.locks.interrupt_all();
     }
 
-    /// A waiting SETLKW is given up by its owner.
-    pub fn forget_lock(&self, unique: u64) {
-        self.locks.lock().unwrap_or_else(PoisonError::into_inner).remove(&unique);
+    /// The SETLKW requests that wait.
+    pub fn lock_waits(&self) -> &LockWaits {
+        &self.locks
     }
 
     /// Does the request in `chain`. After all outcomes but `Done` and `Rejected` the chain is as it
@@ -295,8 +296,9 @@ impl<F: Extension> Server<F> {
             | Request::Listxattr { .. }
             | Request::Removexattr { .. } => self.xattr(request, call),
             Request::Init { args, flags2 } => self.init(&args, flags2, call),
+            // Only waiting locks can be interrupted; anything else is soon done.
             Request::Interrupt { unique } => {
-                self.interrupt(unique);
+                self.locks.interrupt(unique);
                 0
             }
             Request::Symlink { .. }
@@ -359,8 +361,12 @@ impl<F: Extension> Server<F> {
         let result = transfer(call.readable, wait, &mut at.offset.clone(), |data, offset| {
             at.offset = offset;
             let result = self.fs.write_from(&ctx, &at, data, wait);
-            // Doing the whole again after a part was done would be wrong for O_APPEND: wait now.
+            // Doing the whole again after a part was done would be wrong for O_APPEND: wait now, and
+            // rather end with that part than go back into the ring.
             wait = Wait::Allowed;
+            if result.is_err() && offset != args.offset && dax::take_interrupted() {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
             result
         });
         match result {
@@ -493,30 +499,26 @@ impl<F: Extension> Server<F> {
                 pid: lock.pid,
             }));
         }
-        let result = fs.setlk(&ctx, inode, args.fh, args.owner, lock, args.lk_flags);
-        let taken = |e: &io::Error| matches!(errno(e), libc::EAGAIN | libc::EACCES);
         let unique = call.header.unique;
-        if !matches!(request, Request::Setlkw(_)) {
+        let waits = matches!(request, Request::Setlkw(_));
+        let result = if waits && call.wait == Wait::ForLock {
+            let (handle, owner, flags) = (args.fh, args.owner, args.lk_flags);
+            let request = LockRequest { inode, handle, owner, lock, flags };
+            fs.wait_for_lock(&ctx, &request, &mut |call| self.locks.block(unique, call))
+        } else {
+            fs.setlk(&ctx, inode, args.fh, args.owner, lock, args.lk_flags)
+        };
+        if !waits {
             return Outcome::Done(call.reply().result(result));
         }
-        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-        if result.as_ref().err().is_some_and(taken) {
-            if !*locks.entry(unique).or_insert(false) {
+        if result.as_ref().is_err_and(|e| matches!(errno(e), libc::EAGAIN | libc::EACCES)) {
+            if self.locks.goes_on(unique) {
                 return Outcome::Locked { unique };
             }
-            locks.remove(&unique);
             return Outcome::Done(call.reply().error(libc::EINTR));
         }
-        locks.remove(&unique);
+        self.locks.forget(unique);
         Outcome::Done(call.reply().result(result))
-    }
-
-    /// INTERRUPT of request `unique`. Only waiting locks can be interrupted; anything else is soon done.
-    fn interrupt(&self, unique: u64) {
-        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(interrupted) = locks.get_mut(&unique) {
-            *interrupted = true;
-        }
     }
 
     fn xattr(&self, request: &Request<'_>, mut call: Call<'_>) -> u32 {
@@ -727,7 +729,8 @@ fn transfer(
                     break;
                 }
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            // Unless it is us who are to let go of the ring.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted && !dax::is_interrupted() => {}
             Err(e) if errno(&e) == libc::EAGAIN && wait == Wait::Never => return Err(e),
             Err(_) if done > 0 => break,
             Err(e) => return Err(e),

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, OpenOptions, stat64};
-use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry, FileSystem, FsOptions};
+use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry, FileLock, FileSystem, FsOptions};
 use outboard_common::ring::IoVecs;
 
 use super::opcode::Opcode;
@@ -41,7 +41,41 @@ pub enum Wait {
     Never,
     /// Take the time it needs.
     Allowed,
+    /// The same, and SETLKW waits for its lock.
+    ForLock,
 }
+
+/// What SETLKW asks for.
+#[derive(Clone, Copy)]
+pub struct LockRequest {
+    /// The inode.
+    pub inode: u64,
+    /// The handle.
+    pub handle: u64,
+    /// Whose lock it shall be.
+    pub owner: u64,
+    /// The lock.
+    pub lock: FileLock,
+    /// `FUSE_LK_*`.
+    pub flags: u32,
+}
+
+impl std::fmt::Debug for LockRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let FileLock { start, end, lock_type, pid } = self.lock;
+        f.debug_struct("LockRequest")
+            .field("inode", &self.inode)
+            .field("handle", &self.handle)
+            .field("owner", &self.owner)
+            .field("lock", &(start, end, lock_type, pid))
+            .field("flags", &self.flags)
+            .finish()
+    }
+}
+
+/// Runs a system call that waits for a lock and that a signal ends with `EINTR`; see
+/// [`LockWaits::block`](super::lock_waits::LockWaits::block).
+pub type BlockForLock<'a> = dyn FnMut(&mut dyn FnMut() -> io::Result<()>) -> io::Result<()> + 'a;
 
 /// What READ asks for, besides the buffers.
 #[derive(Debug, Clone, Copy)]
@@ -236,6 +270,21 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
             return Err(io::Error::from_raw_os_error(libc::EAGAIN));
         }
         upstream::write(self, ctx, request, data)
+    }
+
+    /// SETLKW, on a thread that may wait: takes the lock, waiting for it in calls that go through `block`.
+    /// A file system that cannot tries once.
+    ///
+    /// # Errors
+    /// `EAGAIN` when the lock is taken still; otherwise the reply's errno.
+    fn wait_for_lock(
+        &self,
+        ctx: &Context,
+        request: &LockRequest,
+        block: &mut BlockForLock<'_>,
+    ) -> io::Result<()> {
+        let LockRequest { inode, handle, owner, lock, flags } = *request;
+        self.setlk(ctx, inode, handle, owner, lock, flags)
     }
 
     /// The `fuse_attr` flags (`FUSE_ATTR_SUBMOUNT`, `FUSE_ATTR_DAX`) of a GETATTR or SETATTR reply;

@@ -314,7 +314,7 @@ impl PassthroughFs {
     ) -> io::Result<usize> {
         let file = self.file(request.inode, request.handle)?;
         let flags = match (wait, file.speed) {
-            (Wait::Allowed, _) | (Wait::Never, Speed::Memory) => 0,
+            (Wait::Allowed | Wait::ForLock, _) | (Wait::Never, Speed::Memory) => 0,
             (Wait::Never, Speed::Local) => libc::RWF_NOWAIT,
             (Wait::Never, Speed::Remote) => return Err(errno(libc::EAGAIN)),
         };
@@ -372,9 +372,7 @@ impl PassthroughFs {
         if let Some(owner) = owner {
             self.locks.release_owner(id, owner);
         }
-        self.files.remove(handle).map(drop).ok_or(errno(libc::EBADF))?;
-        self.locks.wake();
-        Ok(())
+        self.files.remove(handle).map(drop).ok_or(errno(libc::EBADF))
     }
 
     /// FSYNC.

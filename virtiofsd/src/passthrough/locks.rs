@@ -7,45 +7,53 @@
 //! its own, and closing that drops them all. A BSD lock belongs to an open file of the guest, which is
 //! one of ours already.
 //!
-//! Waiting for a lock is done by trying again: at once when a lock is released here, and every few
-//! milliseconds for those held elsewhere. A wait can thus be ended at any time.
+//! The host's kernel waits for a lock, in the order of asking; a signal ends the wait. Deadlocks among
+//! the guest's own processes are found here ([`lock_table`](super::lock_table)).
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuse_backend_rs::api::filesystem::FileLock;
 use rustix::fs::FlockOperation;
 
+use super::lock_table::{Range, Ranges, Wanted, is_deadlock};
 use super::{PassthroughFs, errno, sys};
+use crate::fuse::LockRequest;
+use crate::fuse::extension::BlockForLock;
 
 /// `fuse_lk_in.lk_flags`: a BSD lock (FUSE_LK_FLOCK).
 const LK_FLOCK: u32 = 1 << 0;
-/// How often a wait looks for locks released by other processes of the host.
-const RETRY: Duration = Duration::from_millis(5);
 
 /// An inode and one of its lock owners.
-type Holder = (u64, u64);
+pub(super) type Holder = (u64, u64);
 
 #[derive(Debug)]
 struct Held {
     fd: Arc<OwnedFd>,
     /// The guest's process, for those who ask who holds a lock.
     pid: u32,
+    ranges: Ranges,
+}
+
+impl Held {
+    fn new(fd: Arc<OwnedFd>, pid: u32) -> Self {
+        Self { fd, pid, ranges: Ranges::default() }
+    }
 }
 
 /// The locks of the guest.
 #[derive(Debug, Default)]
 pub(super) struct Locks {
     held: Mutex<HashMap<Holder, Held>>,
+    /// What is waited for. Locked after `held` where both are.
+    waiting: Mutex<Vec<Wanted>>,
     /// Size of `held`, so that FLUSH of a guest without locks takes no lock itself.
     count: AtomicUsize,
-    /// Goes up when waits are to end.
-    interrupts: AtomicU64,
-    released: Condvar,
+    /// Goes up when all locks are dropped: what is granted later is nobody's.
+    session: AtomicU64,
 }
 
 impl Locks {
@@ -62,10 +70,52 @@ impl Locks {
         let gone = held.remove(&(inode, owner));
         self.count.store(held.len(), Ordering::Release);
         drop(held);
-        if gone.is_some() {
-            drop(gone);
-            self.wake();
+        drop(gone);
+    }
+
+    /// Keeps the lock just granted on `fd`, unless another open file carries the locks of `holder`.
+    fn keep(&self, holder: Holder, fd: &Arc<OwnedFd>, pid: u32) -> bool {
+        let mut held = self.held();
+        // It is gone if the holder closed the file meanwhile, which drops the locks it had then.
+        let one = held.entry(holder).or_insert_with(|| Held::new(Arc::clone(fd), pid));
+        let same = Arc::ptr_eq(&one.fd, fd);
+        self.count.store(held.len(), Ordering::Release);
+        same
+    }
+
+    /// Notes that `holder` has locked `range`.
+    fn add(&self, holder: Holder, range: Range) {
+        if let Some(one) = self.held().get_mut(&holder) {
+            one.ranges.add(range);
         }
+    }
+
+    /// Notes that `holder` is about to unlock `range`.
+    fn remove(&self, holder: Holder, range: &Range) {
+        if let Some(one) = self.held().get_mut(&holder) {
+            one.ranges.remove(range);
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<Wanted>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that `wanted` is waited for, until the guard is dropped.
+    ///
+    /// # Errors
+    /// `EDEADLK` if the wait would never end.
+    fn wait_for(&self, wanted: Wanted) -> io::Result<Waiting<'_>> {
+        let held = self.held();
+        let mut waiting = self.waiting();
+        let each = |tell: &mut dyn FnMut(Holder, &Ranges)| {
+            held.iter().for_each(|(holder, one)| tell(*holder, &one.ranges));
+        };
+        if is_deadlock(&wanted, &each, &waiting) {
+            return Err(errno(libc::EDEADLK));
+        }
+        waiting.push(wanted);
+        Ok(Waiting { locks: self, wanted })
     }
 
     /// Who holds locks, on which open file, and the process that asked.
@@ -77,28 +127,38 @@ impl Locks {
     /// Puts the locks of a holder back, which the open file `fd` carries.
     pub(super) fn restore(&self, holder: Holder, fd: OwnedFd, pid: u32) {
         let mut held = self.held();
-        held.insert(holder, Held { fd: Arc::new(fd), pid });
+        held.insert(holder, Held::new(Arc::new(fd), pid));
         self.count.store(held.len(), Ordering::Release);
     }
 
-    /// A lock may be free now.
-    pub(super) fn wake(&self) {
-        self.released.notify_all();
-    }
-
-    /// Ends all waits with `EINTR`.
-    pub(super) fn interrupt(&self) {
-        self.interrupts.fetch_add(1, Ordering::Release);
-        self.wake();
-    }
-
-    /// Drops all locks and ends all waits.
+    /// Drops all locks.
     pub(super) fn clear(&self) {
+        self.session.fetch_add(1, Ordering::Release);
         let all = std::mem::take(&mut *self.held());
         self.count.store(0, Ordering::Release);
         drop(all);
-        self.interrupt();
     }
+}
+
+/// A lock that is waited for.
+#[derive(Debug)]
+struct Waiting<'a> {
+    locks: &'a Locks,
+    wanted: Wanted,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.locks.waiting();
+        if let Some(at) = waiting.iter().position(|one| *one == self.wanted) {
+            waiting.swap_remove(at);
+        }
+    }
+}
+
+/// The part of the file that `lock` is about.
+fn range_of(lock: &FileLock) -> Range {
+    Range { start: lock.start, end: lock.end, write: lock.lock_type != libc::F_RDLCK as u32 }
 }
 
 /// The guest's lock as the host's; the end is inclusive in FUSE.
@@ -136,7 +196,7 @@ impl PassthroughFs {
             other => other,
         }?;
         let mut held = self.locks.held();
-        let held_one = held.entry(holder).or_insert_with(|| Held { fd: Arc::new(fd), pid });
+        let held_one = held.entry(holder).or_insert_with(|| Held::new(Arc::new(fd), pid));
         let fd = Arc::clone(&held_one.fd);
         self.locks.count.store(held.len(), Ordering::Release);
         Ok(fd)
@@ -167,39 +227,55 @@ impl PassthroughFs {
         } else if unlocks && !self.locks.held().contains_key(&(id, owner)) {
             return Ok(());
         } else {
-            let fd = self.lock_fd((id, owner), lock.pid)?;
+            let (holder, range) = ((id, owner), range_of(lock));
+            let fd = self.lock_fd(holder, lock.pid)?;
             let mut wanted = wanted;
+            if unlocks {
+                self.locks.remove(holder, &range);
+            }
             sys::ofd_lock(fd.as_fd(), libc::F_OFD_SETLK, &mut wanted)?;
-        }
-        if unlocks {
-            self.locks.wake();
+            if !unlocks {
+                self.locks.add(holder, range);
+            }
         }
         Ok(())
     }
 
-    /// SETLKW: as SETLK, but waits; `EINTR` when waits are interrupted.
-    pub(super) fn do_setlkw(
+    /// SETLKW: as SETLK, but waits in calls that go through `block`.
+    pub(super) fn do_wait_for_lock(
         &self,
-        id: u64,
-        handle: u64,
-        owner: u64,
-        lock: &FileLock,
-        flags: u32,
+        request: &LockRequest,
+        block: &mut BlockForLock<'_>,
     ) -> io::Result<()> {
-        let before = self.locks.interrupts.load(Ordering::Acquire);
+        let LockRequest { inode, handle, owner, ref lock, flags } = *request;
+        let session = self.locks.session.load(Ordering::Acquire);
+        let file = self.file(inode, handle)?;
+        let wanted = host_lock(lock)?;
+        let operation = match i32::from(wanted.l_type) {
+            libc::F_RDLCK => FlockOperation::LockShared,
+            libc::F_WRLCK => FlockOperation::LockExclusive,
+            _ => return self.do_setlk(inode, handle, owner, lock, flags),
+        };
+        if flags & LK_FLOCK != 0 {
+            block(&mut || Ok(rustix::fs::flock(&file.fd, operation)?))?;
+            file.set_flocked(true);
+            return Ok(());
+        }
+        let (holder, range) = ((inode, owner), range_of(lock));
+        let _waiting = self.locks.wait_for(Wanted { holder, range })?;
         loop {
-            match self.do_setlk(id, handle, owner, lock, flags) {
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                }
-                result => return result,
-            }
-            let held = self.locks.held();
-            if self.locks.interrupts.load(Ordering::Acquire) != before {
+            let fd = self.lock_fd(holder, lock.pid)?;
+            block(&mut || {
+                let mut wanted = wanted;
+                sys::ofd_lock(fd.as_fd(), libc::F_OFD_SETLKW, &mut wanted)
+            })?;
+            if self.locks.session.load(Ordering::Acquire) != session {
                 return Err(errno(libc::EINTR));
             }
-            // A release between the try and here is noticed at the next round, soon enough.
-            let waited = self.locks.released.wait_timeout(held, RETRY);
-            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            if self.locks.keep(holder, &fd, lock.pid) {
+                self.locks.add(holder, range);
+                return Ok(());
+            }
         }
     }
 

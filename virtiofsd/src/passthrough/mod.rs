@@ -26,7 +26,7 @@
 //! | [`dax_ops`] | SETUPMAPPING, REMOVEMAPPING, and what else moves the end of a mapped file |
 //! | [`namespace`] | MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME, READLINK |
 //! | [`xattr`] | extended attributes, their mapping, labels |
-//! | [`locks`] | POSIX and BSD locks |
+//! | [`locks`], [`lock_table`] | POSIX and BSD locks, and deadlocks among them |
 //! | [`state`] | a session as data, for another process |
 //! | [`traits`] | from the FUSE server's traits to the above |
 
@@ -37,6 +37,7 @@ mod data;
 mod dax_ops;
 mod dir;
 pub mod id_map;
+mod lock_table;
 mod locks;
 mod lookup;
 mod mounts;
@@ -233,11 +234,6 @@ impl PassthroughFs {
     /// `unshare` or `fchdir` refused.
     pub fn prepare_thread(&self) -> io::Result<()> {
         credentials::prepare_thread(self.proc_self_fd.as_fd())
-    }
-
-    /// Makes waits for locks return with `EINTR`, now and until the next session starts.
-    pub fn interrupt_waits(&self) {
-        self.locks.interrupt();
     }
 
     /// The guest is new, or gone: forgets what it knew and closes what it had open.

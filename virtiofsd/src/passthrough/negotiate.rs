@@ -8,8 +8,11 @@ use super::{CachePolicy, PassthroughFs, errno};
 use crate::fuse::wire::init;
 
 /// Switched on whenever the guest has them.
+///
+/// Not among them is ATOMIC_O_TRUNC, a SETATTR less for each file that is opened to be overwritten: Linux
+/// checks whether a file may be truncated (a running program may not, nor what a security module or
+/// Landlock protects) after OPEN, when it would be too late.
 const ALWAYS: u64 = init::ASYNC_READ
-    | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
     | init::AUTO_INVAL_DATA
     | init::ASYNC_DIO
@@ -25,16 +28,17 @@ impl PassthroughFs {
     pub(super) fn start_session(&self, capable: u64) -> io::Result<u64> {
         self.reset();
         self.start_dax()?;
-        let on = self.offered(capable)?;
+        let on = self.offered(capable, self.dax_ready())?;
         self.negotiated.store(on, Ordering::Relaxed);
         Ok(on)
     }
 
-    /// Which of the flags that the guest is `capable` of are switched on.
+    /// Which of the flags that the guest is `capable` of are switched on; `window`: there is one to map
+    /// files in.
     ///
     /// # Errors
     /// The guest is not capable of what the operator demands (EPROTO).
-    pub(super) fn offered(&self, capable: u64) -> io::Result<u64> {
+    pub(super) fn offered(&self, capable: u64, window: bool) -> io::Result<u64> {
         let config = &self.config;
         let mut wanted = ALWAYS;
         let mut add = |condition: bool, flags: u64| {
@@ -48,7 +52,7 @@ impl PassthroughFs {
         add(config.killpriv_v2, init::HANDLE_KILLPRIV_V2);
         add(config.posix_locks, init::POSIX_LOCKS);
         add(config.flock, init::FLOCK_LOCKS);
-        add(self.dax_ready(), init::HAS_INODE_DAX);
+        add(window, init::HAS_INODE_DAX);
         add(config.allow_mmap, init::DIRECT_IO_ALLOW_MMAP);
         let acl = init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT;
         add(demand(config.posix_acl, capable, acl, "POSIX ACLs")?, acl);

@@ -18,8 +18,8 @@ use super::dir::Callback;
 use super::namespace::New;
 use super::{PassthroughFs, credentials};
 use crate::fuse::extension::{
-    CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, MapRequest, Origin,
-    ReadRequest, Wait, WriteRequest,
+    BlockForLock, CopyRange, CreateContext, Created, DaxWindow, EntrySink, Extension, LockRequest,
+    MapRequest, Origin, ReadRequest, Wait, WriteRequest,
 };
 use crate::fuse::wire::{WRITE_KILL_SUIDGID, init};
 
@@ -352,18 +352,6 @@ impl FileSystem for PassthroughFs {
     ) -> io::Result<()> {
         self.do_setlk(inode, handle, owner, &lock, flags)
     }
-
-    fn setlkw(
-        &self,
-        _ctx: &Context,
-        inode: u64,
-        handle: u64,
-        owner: u64,
-        lock: FileLock,
-        flags: u32,
-    ) -> io::Result<()> {
-        self.do_setlkw(inode, handle, owner, &lock, flags)
-    }
 }
 
 impl Extension for PassthroughFs {
@@ -372,7 +360,7 @@ impl Extension for PassthroughFs {
     }
 
     fn can_save(&self) -> bool {
-        self.is_savable()
+        self.can_migrate()
     }
 
     fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
@@ -419,10 +407,19 @@ impl Extension for PassthroughFs {
         self.growing(request.inode, repeatable, || self.do_write(request, data, wait))
     }
 
+    fn wait_for_lock(
+        &self,
+        _ctx: &Context,
+        request: &LockRequest,
+        block: &mut BlockForLock<'_>,
+    ) -> io::Result<()> {
+        self.do_wait_for_lock(request, block)
+    }
+
     fn attr_flags(&self, inode: u64, attr: &stat64) -> u32 {
         let file_type = attr.st_mode & libc::S_IFMT;
         self.flags_of(inode, file_type)
-            | self.dax_flag(file_type, u64::try_from(attr.st_size).unwrap_or(0))
+            | self.dax_flag(inode, file_type, u64::try_from(attr.st_size).unwrap_or(0))
     }
 
     fn forget_each(&self, _ctx: &Context, requests: &mut dyn Iterator<Item = (u64, u64)>) {

@@ -18,7 +18,8 @@ use fuse_backend_rs::abi::fuse_abi::{CreateIn, OpenOptions, SetattrValid};
 use fuse_backend_rs::api::filesystem::{FileLock, FileSystem, GetxattrReply, ListxattrReply};
 
 use super::harness::*;
-use crate::fuse::extension::{CopyRange, CreateContext, Extension, SecurityContext};
+use crate::fuse::extension::{CopyRange, CreateContext, Extension, LockRequest, SecurityContext};
+use crate::fuse::lock_waits::LockWaits;
 use crate::passthrough::xattr_map::XattrMap;
 use crate::passthrough::{CachePolicy, Config, Demand, InodeFileHandles, sys};
 
@@ -525,6 +526,7 @@ fn demands_on_the_guest_are_checked() {
     let plain = Guest::new(Config::default());
     let on = plain.fs.negotiate(u64::MAX).unwrap();
     assert_eq!(on & (init::POSIX_LOCKS | init::FLOCK_LOCKS | init::WRITEBACK_CACHE), 0);
+    assert_eq!(on & init::ATOMIC_O_TRUNC, 0, "the guest's kernel would check too late");
     assert_eq!(plain.fs.negotiate(0).unwrap(), 0);
 }
 
@@ -547,6 +549,9 @@ fn default_acls_beat_the_umask() {
     guest.fs.setxattr(&root(), ROOT, c"system.posix_acl_default", &acl, 0).unwrap();
     assert_eq!(make("by-acl", 0o077), 0o664);
 }
+
+/// `fuse_lk_in.lk_flags`: a BSD lock.
+const LK_FLOCK: u32 = 1;
 
 fn lock(kind: i32, start: u64, end: u64) -> FileLock {
     FileLock { start, end, lock_type: kind as u32, pid: 42 }
@@ -605,24 +610,68 @@ fn bsd_locks_belong_to_open_files() {
 }
 
 #[test]
-fn waits_for_locks_end_when_the_lock_or_the_session_does() {
+fn waits_for_locks_end_when_the_lock_is_free_or_the_guest_gives_up() {
+    let guest = Guest::new(Config { posix_locks: true, flock: true, ..Config::default() });
+    let (inode, handle) = guest.create(ROOT, "a");
+    let other = guest.open(inode, libc::O_RDWR).unwrap();
+    let all = lock(libc::F_WRLCK, 0, i64::MAX as u64);
+    let waits = LockWaits::default();
+    for (flags, waiter) in [(0, handle), (LK_FLOCK, other)] {
+        guest.fs.setlk(&root(), inode, handle, 1, all, flags).unwrap();
+        let wait = |unique, owner| {
+            let request = LockRequest { inode, handle: waiter, owner, lock: all, flags };
+            guest.fs.wait_for_lock(&root(), &request, &mut |call| waits.block(unique, call))
+        };
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wait(2, 2));
+            let interrupted = scope.spawn(|| wait(3, 3));
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            assert!(!waiting.is_finished() && !interrupted.is_finished());
+            waits.interrupt(3);
+            assert_eq!(errno_of(interrupted.join().unwrap()), libc::EINTR);
+            waits.forget(3);
+            let unlock = lock(libc::F_UNLCK, 0, i64::MAX as u64);
+            guest.fs.setlk(&root(), inode, handle, 1, unlock, flags).unwrap();
+            waiting.join().unwrap().unwrap();
+        });
+        let held = guest.fs.setlk(&root(), inode, handle, 1, all, flags);
+        assert_eq!(errno_of(held), libc::EAGAIN);
+        // Closing the file drops the lock that was waited for, as any other.
+        guest.fs.flush(&root(), inode, waiter, 2).unwrap();
+        if flags == 0 {
+            guest.fs.setlk(&root(), inode, handle, 1, all, flags).unwrap();
+        }
+    }
+}
+
+#[test]
+fn processes_of_a_guest_that_wait_for_each_other_are_told() {
     let guest = Guest::new(Config { posix_locks: true, ..Config::default() });
     let (inode, handle) = guest.create(ROOT, "a");
-    let all = lock(libc::F_WRLCK, 0, i64::MAX as u64);
-    guest.fs.setlk(&root(), inode, handle, 1, all, 0).unwrap();
-    std::thread::scope(|scope| {
-        let wait = || guest.fs.setlkw(&root(), inode, handle, 2, all, 0);
-        let waiter = scope.spawn(wait);
-        std::thread::sleep(std::time::Duration::from_millis(30));
-        assert!(!waiter.is_finished());
-        guest.fs.flush(&root(), inode, handle, 1).unwrap();
-        waiter.join().unwrap().unwrap();
-        let waiter = scope.spawn(|| guest.fs.setlkw(&root(), inode, handle, 3, all, 0));
-        std::thread::sleep(std::time::Duration::from_millis(30));
-        assert!(!waiter.is_finished());
-        guest.fs.interrupt_waits();
-        assert_eq!(errno_of(waiter.join().unwrap()), libc::EINTR);
-    });
+    let set = |owner, kind, byte| {
+        guest.fs.setlk(&root(), inode, handle, owner, lock(kind, byte, byte), 0)
+    };
+    let waits = LockWaits::default();
+    let wait = |owner, byte| {
+        let lock = lock(libc::F_WRLCK, byte, byte);
+        let request = LockRequest { inode, handle, owner, lock, flags: 0 };
+        guest.fs.wait_for_lock(&root(), &request, &mut |call| waits.block(owner, call))
+    };
+    for round in 0..3 {
+        set(1, libc::F_WRLCK, 10).unwrap();
+        set(2, libc::F_WRLCK, 20).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wait(2, 10));
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            assert_eq!(errno_of(wait(1, 20)), libc::EDEADLK, "round {round}");
+            // The one who was told lets go, and the other goes on.
+            set(1, libc::F_UNLCK, 10).unwrap();
+            waiting.join().unwrap().unwrap();
+        });
+        for byte in [10, 20] {
+            set(2, libc::F_UNLCK, byte).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -183,7 +183,12 @@ fn damaged_states_are_refused_and_leave_nothing() {
         assert_eq!((fs.inode_count(), fs.open_count()), (0, 0));
     }
     let text = String::from_utf8(state).unwrap();
+    for (name, target) in [("to-etc", "/etc"), ("to-dir", "dir")] {
+        std::os::unix::fs::symlink(target, old.path(name)).unwrap();
+    }
     for (from, to) in [
+        ("\"Path\":\"dir/file\"", "\"Path\":\"to-etc/passwd\""),
+        ("\"Path\":\"dir/file\"", "\"Path\":\"to-dir/file\""),
         ("\"version\":1", "\"version\":2"),
         ("\"Path\":\"dir\"", "\"Path\":\"../x\""),
         ("\"Path\":\"dir\"", "\"Path\":\"/etc\""),
