@@ -24,6 +24,7 @@ pub mod inode_store;
 pub mod passthrough;
 mod seccomp;
 pub mod slow_pool;
+mod thread_waits;
 pub mod worker;
 
 use std::path::Path;

@@ -54,6 +54,8 @@ const PASSTHROUGH: &[Rule] = &[
     allow(libc::SYS_fdatasync),
     allow(libc::SYS_syncfs),
     allow(libc::SYS_flock),
+    // Whether a thread waited: `thread_waits`.
+    allow(libc::SYS_getrusage),
     // Acting as the guest's user, each thread for itself.
     allow_if(libc::SYS_unshare, &[argument_is(0, CLONE_FS)]),
     allow(libc::SYS_fchdir),

@@ -7,8 +7,9 @@
 //! tried again by a timer, so that any number of waiting guests costs a few threads at most.
 //!
 //! Whether a name is in memory, or whether a write will be made to wait, the kernel does not tell beforehand.
-//! So the worker learns: when a batch took milliseconds, storage is slow at present ([`Pace`]), and requests
-//! that may wait for it go to the slow threads until these were fast with a row of them.
+//! So the worker learns: when batches take milliseconds and the thread waited in them, storage is slow at
+//! present ([`Pace`]), and requests that may wait for it go to the slow threads until these were fast with a row of
+//! them.
 //!
 //! Stopping a queue drains it: slow requests are waited for, waiting locks end with `EINTR`.
 //!
@@ -28,6 +29,7 @@ use crate::fuse::reply::Reply;
 use crate::fuse::wire::InHeader;
 use crate::fuse::{Extension, Outcome, Scratch, Server, Wait};
 use crate::slow_pool::{Finished, LockThreads, Mailbox, SlowPool};
+use crate::thread_waits;
 
 /// Requests done in one go before other events get their turn.
 const BUDGET: usize = 128;
@@ -42,9 +44,11 @@ const LOCK_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::fr
 /// sleeping and waking cost.
 const LINGER: Duration = Duration::from_micros(3);
 
-/// A batch of requests done at once that took so long waited for storage, a nanosecond for each byte moved
-/// taken off.
+/// A batch of requests done at once that took so long, a nanosecond for each byte moved taken off, may have
+/// waited for storage.
 const SLOW_BATCH: Duration = Duration::from_millis(2);
+/// After one, so many batches are looked at for waits.
+const WATCHED_BATCHES: u8 = 64;
 /// A request that a slow thread did in this time need not have gone to it...
 const FAST_REQUEST: Duration = Duration::from_micros(200);
 /// ...and after so many in a row they no longer do.
@@ -61,14 +65,35 @@ struct Pace {
     slow: bool,
     /// Requests in a row that slow threads did fast.
     fast: u8,
+    /// Batches to come whose waits are counted, since one took long.
+    watched: u8,
 }
 
 impl Pace {
-    /// A batch that moved `bytes` of data took `time` on the worker's thread.
+    /// Before a batch: how often the thread has waited, if that is to be known.
     #[inline]
-    fn after_batch(&mut self, time: Duration, bytes: u64) {
-        if time > SLOW_BATCH && time - SLOW_BATCH > Duration::from_nanos(bytes) {
-            *self = Self { slow: true, fast: 0 };
+    fn before_batch(&self) -> Option<i64> {
+        (self.watched > 0).then(thread_waits::count)
+    }
+
+    /// A batch that moved `bytes` of data took `time` on the worker's thread, which had waited as often as
+    /// [`Self::before_batch`] said, and now as `waits` says.
+    #[inline]
+    fn after_batch(
+        &mut self,
+        time: Duration,
+        bytes: u64,
+        before: Option<i64>,
+        waits: impl FnOnce() -> i64,
+    ) {
+        self.watched = self.watched.saturating_sub(1);
+        if time <= SLOW_BATCH || time - SLOW_BATCH <= Duration::from_nanos(bytes) {
+            return;
+        }
+        match before {
+            Some(before) if waits() > before => *self = Self { slow: true, ..Self::default() },
+            // Another thread may have had the CPU meanwhile.
+            _ => self.watched = WATCHED_BATCHES,
         }
     }
 
@@ -239,9 +264,9 @@ impl<F: Extension> FsWorker<F> {
     }
 
     /// Counts the bytes of a batch, and takes note of how long it took.
-    fn end_batch(&mut self, queue: &Queue, took: Duration) {
+    fn end_batch(&mut self, queue: &Queue, took: Duration, waits: Option<i64>) {
         let bytes = self.scratch.bytes_read.saturating_add(self.scratch.bytes_written);
-        self.pace.after_batch(took, bytes);
+        self.pace.after_batch(took, bytes, waits, thread_waits::count);
         self.count_bytes(queue);
     }
 
@@ -353,6 +378,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
         let start = Instant::now();
+        let waits = self.pace.before_batch();
         // With DAX, such requests may need an answer of the VMM's, which only the worker can put off.
         self.scratch.storage_is_slow =
             self.pace.slow && self.server.file_system().dax_window() == 0;
@@ -374,7 +400,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
             }
         }
         let done = self.count_batch(begun);
-        self.end_batch(queue, done.duration_since(start));
+        self.end_batch(queue, done.duration_since(start), waits);
         self.rest(cx);
         progress
     }
@@ -418,11 +444,16 @@ mod tests {
     fn storage_is_slow_until_slow_threads_are_fast_in_a_row() {
         let (slow, fast) = (Duration::from_millis(3), Duration::from_micros(50));
         let mut pace = Pace::default();
-        pace.after_batch(fast, 0);
+        pace.after_batch(fast, 0, pace.before_batch(), || 0);
         // Three milliseconds are little for four megabytes.
-        pace.after_batch(slow, 4 << 20);
+        pace.after_batch(slow, 4 << 20, pace.before_batch(), || 0);
+        assert_eq!(pace.before_batch(), None);
+        // Long batches in which the thread did not wait: it had no CPU.
+        pace.after_batch(slow, 4096, pace.before_batch(), || 7);
+        assert!(pace.before_batch().is_some());
+        pace.after_batch(slow, 4096, Some(7), || 7);
         assert!(!pace.slow);
-        pace.after_batch(slow, 4096);
+        pace.after_batch(slow, 4096, Some(7), || 8);
         assert!(pace.slow);
         for _ in 0..FAST_ROW - 1 {
             pace.after_slow_thread(fast);
@@ -434,5 +465,12 @@ mod tests {
             pace.after_slow_thread(fast);
         }
         assert!(!pace.slow);
+        // Suspicion ends.
+        pace.after_batch(slow, 0, None, || 0);
+        for _ in 0..WATCHED_BATCHES {
+            assert!(pace.before_batch().is_some());
+            pace.after_batch(fast, 0, Some(0), || 0);
+        }
+        assert_eq!(pace.before_batch(), None);
     }
 }
