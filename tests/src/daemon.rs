@@ -160,7 +160,7 @@ impl Daemon {
     /// The process that serves: a confined daemon's child, or the daemon itself.
     #[must_use]
     pub fn serving_pid(&self) -> u32 {
-        self.family().last().copied().unwrap_or(self.pid())
+        self.processes().last().copied().unwrap_or(self.pid())
     }
 
     /// User and system time of all threads, ended ones included; steps of 10 ms.
