@@ -166,6 +166,7 @@ for command in "$@"; do
     as "cd ~/outboard && $command" || ended=$?
     say "$command: ended with $ended after $((SECONDS - begin)) s"
     [ "$status" != 0 ] || status=$ended
+    sleep 1 # for those that are about to end
     diff <(echo "$before") <(left) >&2 && say 'nothing is left behind' || say 'the lines above are left behind'
 done
 exit "$status"

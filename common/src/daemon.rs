@@ -290,6 +290,7 @@ fn hand_over(endpoint: &Endpoint, session: Option<Session>, shared: &Shared) {
         endpoint.device.save_for_successor(&mut state, &mut device_fds)?;
         anyhow::Ok(saved)
     });
+    endpoint.device.set_channel(None);
     let saved = saved.transpose().unwrap_or_else(|error| {
         tracing::error!(
             error = format!("{error:#}"),

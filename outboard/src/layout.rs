@@ -89,6 +89,12 @@ impl Layout {
         self.dir.join(format!("{VSOCK_NAME}.host"))
     }
 
+    /// Where clients of the host that want SOCK_SEQPACKET connect: beside [`Self::vsock_uds`].
+    #[must_use]
+    pub fn vsock_seqpacket(&self) -> PathBuf {
+        self.dir.join(format!("{VSOCK_NAME}.host_seqpacket"))
+    }
+
     /// What the launcher says of the pod, for `ps` and `top`.
     #[must_use]
     pub fn state(&self) -> PathBuf {

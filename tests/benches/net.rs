@@ -5,6 +5,7 @@
 //! | guest | a User Mode Linux guest's TCP with iperf3, and its pings; ours on a tap, passt as it is |
 //! | frames | 60-byte and 1514-byte frames between the testkit's driver and a tap, one way and both at once |
 //! | round trip | an ARP request of the testkit's driver, answered by the kernel behind the tap |
+//! | switch | frames between two ports of the switch, driven by DPDK's testpmd |
 //! | idle | CPU time in a second with a guest attached that does nothing; private memory; time to ready |
 //!
 //! Daemon and client are pinned to a CPU each. Rates are of useful work per second of the daemon's CPU
@@ -15,8 +16,10 @@
 #![allow(clippy::cast_precision_loss, reason = "figures of a table")]
 
 use std::fs;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -31,6 +34,7 @@ use testkit::memory::GuestRam;
 use testkit::netns::NetNs;
 use testkit::peers;
 use testkit::service::Service;
+use testkit::testpmd::{self, Testpmd};
 use testkit::toolroot::ToolRoot;
 use virtio_bindings::virtio_net as v;
 
@@ -391,6 +395,9 @@ fn round_trip(root: &ToolRoot) {
 
 fn idle(root: &ToolRoot) {
     let mut driver = Driver::new(root, RingFormat::Split, 60);
+    // The kernel behind the tap looks for neighbours and routers of its own accord.
+    let quiet = || fs::write("/proc/sys/net/ipv6/conf/tap0/disable_ipv6", "1");
+    driver.namespace.run(quiet).unwrap().unwrap();
     driver.take_more();
     std::thread::sleep(Duration::from_millis(300));
     let before = cpu_seconds(&driver.daemon);
@@ -406,8 +413,14 @@ fn idle(root: &ToolRoot) {
             command.arg("--socket-path").arg(&socket).args(["--tap", "tap0"]);
             namespace.enter(&mut command);
             let start = Instant::now();
-            let _daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
-            start.elapsed().as_secs_f64() * 1e3
+            let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+            while UnixStream::connect(&socket).is_err() {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            let ready = start.elapsed().as_secs_f64() * 1e3;
+            child.kill().unwrap();
+            child.wait().unwrap();
+            ready
         })
         .collect();
     ready.sort_by(f64::total_cmp);
@@ -416,6 +429,58 @@ fn idle(root: &ToolRoot) {
         cpu * 1e3,
         ready[2]
     );
+}
+
+/// Two devices of DPDK's testpmd on two ports of the switch, each sending what the other received.
+fn switch() {
+    let root = match ToolRoot::dpdk() {
+        Ok(root) => root,
+        Err(error) => return println!("switch: no DPDK here: {error:#}"),
+    };
+    println!("switch: frames moved by testpmd between two ports; medians of {ROUNDS}");
+    println!("{:>6} {:7} {:>24} {:>16}", "bytes", "ring", "Mpps per daemon CPU s", "Mpps");
+    for (packed, name) in [(false, "split"), (true, "packed")] {
+        for bytes in [64, 1514] {
+            let (mut per_cpu, mut rate) = (Vec::new(), Vec::new());
+            for _ in 0..ROUNDS {
+                let (frames, cpu) = switch_run(root, packed, bytes);
+                per_cpu.push(frames / cpu / 1e6);
+                rate.push(frames / RUN_TIME.as_secs_f64() / 1e6);
+            }
+            println!("{bytes:6} {name:7} {:24.2} {:16.2}", median(&per_cpu), median(&rate));
+        }
+    }
+}
+
+/// Frames in [`RUN_TIME`], and CPU seconds of the daemon.
+fn switch_run(root: &ToolRoot, packed: bool, frame_bytes: u32) -> (f64, f64) {
+    let dir = tempfile::tempdir().unwrap();
+    let sockets = [dir.path().join("a.sock"), dir.path().join("b.sock")];
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.arg("--switch").arg("--metrics-socket").arg(dir.path().join("metrics"));
+    for socket in &sockets {
+        command.arg("--port").arg(format!("socket={}", socket.display()));
+    }
+    pin(1);
+    let daemon = Daemon::start_command("vhost-user-net", command, &sockets[1]).unwrap();
+    pin(0);
+    let options = testpmd::Options { frame_bytes, packed, ring: 1024 };
+    let ports = [sockets[0].as_path(), sockets[1].as_path()];
+    let mut testpmd = Testpmd::start(root, ports, dir.path(), options).unwrap();
+    testpmd.forward(32).unwrap();
+    std::thread::sleep(RUN_TIME / 4);
+    let count = || {
+        let mut text = String::new();
+        let mut socket = UnixStream::connect(dir.path().join("metrics")).unwrap();
+        socket.read_to_string(&mut text).unwrap();
+        let lines = text.lines().filter(|l| l.contains("net_rx_frames_total{"));
+        lines.map(|l| l.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum::<f64>()
+    };
+    let (frames, cpu) = (count(), cpu_seconds(&daemon));
+    std::thread::sleep(RUN_TIME);
+    let moved = (count() - frames, cpu_seconds(&daemon) - cpu);
+    testpmd.stop().unwrap();
+    moved
 }
 
 fn main() {
@@ -433,6 +498,9 @@ fn main() {
     }
     if is_wanted("idle") {
         idle(root);
+    }
+    if is_wanted("switch") {
+        switch();
     }
     if is_wanted("guest") {
         guest(root);

@@ -2,8 +2,10 @@
 
 pub mod cargo_tool;
 pub mod daemon;
+pub mod dax_story;
 pub mod demo;
 pub mod driver;
+pub mod file_view;
 pub mod frontend;
 pub mod fuse_bridge;
 pub mod guests;

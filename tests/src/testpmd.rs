@@ -86,14 +86,20 @@ impl Testpmd {
         Ok(writeln!(self.stdin, "start tx_first {bursts}")?)
     }
 
-    /// Stops, and gives the frames received and sent by both devices together.
+    /// Ends it, and gives the frames received and sent by both devices together.
     ///
     /// # Errors
     /// It does not say.
     pub fn stop(&mut self) -> Result<(u64, u64)> {
-        writeln!(self.stdin, "stop")?;
-        self.wait_for("Accumulated forward statistics for all ports")?;
-        self.wait_for("Done.")?;
+        // What it counted is in its buffer until it ends.
+        writeln!(self.stdin, "stop\nquit")?;
+        let deadline = Instant::now() + TIMEOUT;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                bail!("testpmd does not end; it printed:\n{}", self.output());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let output = self.output();
         let (_, total) = output.rsplit_once("Accumulated forward").context("no statistics")?;
         let number = |name: &str| -> Result<u64> {

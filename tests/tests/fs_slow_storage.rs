@@ -11,6 +11,7 @@ use std::thread::{current, sleep};
 use std::time::Duration;
 
 use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
+use outboard_common::metrics::Registry;
 use outboard_common::sys::EventFd;
 use outboard_common::vhost_user::session::{Session, SessionOptions};
 use testkit::driver::fs::{FsClient, Message, op};
@@ -61,7 +62,9 @@ fn names_from_slow_storage_hold_up_no_queue() {
             tag: None,
             request_queues: Some(1),
             slow_threads: 4,
+            dax_timeout: PATIENCE,
             limits: Limits::default(),
+            metrics: Registry::new("virtiofsd").device("fs0"),
         };
         let device = Arc::new(FsDevice::new(Names, options));
         let (stream, _) = listener.accept().unwrap();

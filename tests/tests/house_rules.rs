@@ -161,6 +161,30 @@ fn nothing_names_the_place_it_was_written_at() {
     none(&broken);
 }
 
+/// `docs/specification.md` says what shows each promise; what it names in the last column must be there.
+#[test]
+fn the_specifications_are_shown_by_tests_that_exist() {
+    let code: Vec<(PathBuf, String)> = files()
+        .into_iter()
+        .filter(|(path, _)| path.extension().is_some_and(|e| e == "rs"))
+        .collect();
+    let table = fs::read_to_string(top().join("docs/specification.md")).unwrap();
+    let (mut named, mut broken) = (0, Vec::new());
+    for row in table.lines().filter(|line| line.starts_with("| ") && line.contains('`')) {
+        let shown_by = row.trim_end_matches('|').rsplit('|').next().unwrap();
+        let is_name = |word: &&str| word.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        for name in shown_by.split('`').skip(1).step_by(2).filter(is_name) {
+            named += 1;
+            let (file, function) = (format!("{name}.rs"), format!("fn {name}("));
+            if !code.iter().any(|(path, text)| path.ends_with(&file) || text.contains(&function)) {
+                broken.push(format!("docs/specification.md: there is no test {name}"));
+            }
+        }
+    }
+    assert!(named > 50, "only {named} names of tests were found");
+    none(&broken);
+}
+
 #[test]
 fn links_lead_to_known_hosts() {
     let mut broken = Vec::new();

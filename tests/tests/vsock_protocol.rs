@@ -515,6 +515,58 @@ fn the_guest_is_heard_while_it_takes_nothing() {
 }
 
 #[test]
+fn back_pressure_costs_nothing_and_loses_nothing() {
+    let host = VsockHost::start(&[]).unwrap();
+    let options = VsockOptions { rx_buffers: 32, ..VsockOptions::default() };
+    let mut guest = host.guest(options).unwrap();
+    // Upwards: until the host's socket and the window are full.
+    let (mut up, mut theirs) = host.serve(&mut guest, 1025, 80).unwrap();
+    let mut sent: Vec<u8> = Vec::new();
+    while theirs.credit() > 0 {
+        let chunk = pattern((theirs.credit() as usize).min(TX_ROOM), sent.len() as u32);
+        let packet = theirs.data(&chunk);
+        guest.send(&packet).unwrap();
+        sent.extend(&chunk);
+        guest.flush(PATIENCE).unwrap();
+        while let Ok(packet) = guest.receive(Duration::from_millis(5)) {
+            theirs.see(&packet);
+        }
+    }
+    // Downwards: until the guest has no buffer left, then as much as its host's socket takes.
+    let (down, mut other) = host.connect(&mut guest, 81).unwrap();
+    down.set_nonblocking(true).unwrap();
+    let data = pattern(1 << 20, 5);
+    let mut queued = 0;
+    let mut kept = Vec::new();
+    let deadline = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < deadline {
+        queued += (&down).write(&data[queued..]).unwrap_or(0);
+        if let Ok((packet, buffer)) = guest.receive_keeping(Duration::from_millis(1)) {
+            assert_eq!(packet.op, op::RW);
+            kept.push((packet, buffer));
+        }
+    }
+    assert_eq!(kept.len(), 32);
+    let cpu = host.daemon.cpu_time().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let spent = host.daemon.cpu_time().unwrap() - cpu;
+    assert!(spent <= Duration::from_millis(10), "{spent:?} of CPU for nothing");
+
+    let mut got: Vec<u8> = Vec::new();
+    for (packet, buffer) in kept {
+        other.see(&packet);
+        got.extend(&packet.payload);
+        guest.give_back(buffer).unwrap();
+    }
+    let rest = other.receive_all(&mut guest, queued - got.len()).unwrap();
+    got.extend(rest);
+    assert!(got == data[..queued], "{} bytes", got.len());
+    let mut got = vec![0; sent.len()];
+    up.read_exact(&mut got).unwrap();
+    assert!(got == sent);
+}
+
+#[test]
 fn a_paused_guest_keeps_its_connections() {
     let host = VsockHost::start(&[]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();

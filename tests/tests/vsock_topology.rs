@@ -151,6 +151,31 @@ fn a_service_with_a_full_queue_is_waited_for() {
 }
 
 #[test]
+fn a_service_that_never_accepts_is_given_up() {
+    let host = VsockHost::start(&[]).unwrap();
+    let mut guest = host.guest(VsockOptions::default()).unwrap();
+    let listener = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        None,
+    )
+    .unwrap();
+    let address = rustix::net::SocketAddrUnix::new(host.path("host_80")).unwrap();
+    rustix::net::bind(&listener, &address).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    // Its queue has room for one.
+    guest.send(&Packet::new(3, 1025, 80, op::REQUEST)).unwrap();
+    guest.expect(op::RESPONSE).unwrap();
+    let fds = host.daemon.open_fds().unwrap();
+    let start = Instant::now();
+    guest.send(&Packet::new(3, 1026, 80, op::REQUEST)).unwrap();
+    let answer = guest.receive(PATIENCE).unwrap();
+    assert_eq!((answer.op, answer.dst_port), (op::RST, 1026));
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert_eq!(host.daemon.open_fds().unwrap(), fds);
+}
+
+#[test]
 fn a_client_passes_a_descriptor() {
     let host = VsockHost::start(&[]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();
@@ -310,6 +335,7 @@ fn mistakes_of_operators_are_one_sentence_and_exit_code_1() {
         (&["--socket=D/v", "--uds-path=D/taken"], "another process"),
         (&["--socket=D/v", "--uds-path=D/file"], "socket"),
         (&["--socket=D/v", "--uds-path=D/none/h"], "D/none/h"),
+        (&["--socket=D/v", "--uds-path=/proc/h"], "/proc/h"),
         (&["--socket=D/v", "--uds-path=D/h", "--forward-cid=1"], "forward-cid"),
         (&["--socket=D/v", "--uds-path=D/h", "--queue-size=100"], "queue-size"),
         (&["--socket=D/v", "--uds-path=D/h", "--tx-buffer-size=1"], "tx-buffer-size"),

@@ -63,7 +63,8 @@ pub struct BlkArgs {
 pub struct DiskArgs {
     /// Image file or block device to serve; repeatable. KEY is one of socket, name, format
     /// (raw or qcow2), readonly, cache (auto, direct or buffered), block-size, num-queues,
-    /// queue-size, serial, write-cache, discard, lock (on or off), iops, read-iops, write-iops, bps,
+    /// queue-size, serial, write-cache, discard, register-memory, lock (on or off), iops, read-iops,
+    /// write-iops, bps,
     /// read-bps, write-bps. A comma in a value is written twice
     #[arg(long, value_name = "PATH[,KEY=VALUE...]", value_parser = DiskConfig::parse_file)]
     pub blk_file: Vec<DiskConfig>,
@@ -137,6 +138,11 @@ pub struct DefaultArgs {
     /// Whether the guest may give storage back [default: on]
     #[arg(long, value_name = "ON|OFF")]
     pub discard: Option<Switch>,
+
+    /// Pin the guest's memory and register it with io_uring, which then need not look pages up for each
+    /// request. Not for guests with a balloon or free page reporting; no effect on disks in memory
+    #[arg(long)]
+    pub register_memory: bool,
 }
 
 /// Rate limits of each disk.

@@ -89,6 +89,7 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     pub write_cache: Option<bool>,
     pub discard: Option<bool>,
+    pub register_memory: Option<bool>,
     pub lock: Option<bool>,
     pub iops: Option<Limit>,
     pub read_iops: Option<Limit>,
@@ -235,6 +236,7 @@ impl DiskConfig {
             "serial" => once(&mut self.serial, key, Ok(text.into())),
             "write-cache" => once(&mut self.write_cache, key, switch(text)),
             "discard" => once(&mut self.discard, key, switch(text)),
+            "register-memory" => once(&mut self.register_memory, key, switch(text)),
             "lock" => once(&mut self.lock, key, switch(text)),
             "iops" => once(&mut self.iops, key, value(text)),
             "read-iops" => once(&mut self.read_iops, key, value(text)),
@@ -265,6 +267,7 @@ impl DiskConfig {
         self.serial = self.serial.or_else(|| defaults.serial.clone());
         self.write_cache = self.write_cache.or(defaults.write_cache.map(|s| s.is_on()));
         self.discard = self.discard.or(defaults.discard.map(|s| s.is_on()));
+        self.register_memory = self.register_memory.or(defaults.register_memory.then_some(true));
         self.iops = self.iops.or(limits.iops);
         self.read_iops = self.read_iops.or(limits.read_iops);
         self.write_iops = self.write_iops.or(limits.write_iops);
@@ -354,6 +357,7 @@ impl DiskConfig {
             write_cache: self.write_cache.unwrap_or(true),
             discard: self.discard.unwrap_or(true),
             limits: self.limits(),
+            register_memory: self.register_memory.unwrap_or(false),
         })
     }
 

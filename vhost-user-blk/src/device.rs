@@ -42,6 +42,8 @@ pub struct DeviceOptions {
     pub discard: bool,
     /// Rate limits.
     pub limits: Limits,
+    /// Have the kernel hold guest memory ready for the ring.
+    pub register_memory: bool,
 }
 
 /// What the workers of a device see of it. Written rarely, so the loads cost nothing.
@@ -308,7 +310,8 @@ impl Device for BlkDevice {
     fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
         let (shared, limiter) = (self.shared.clone(), self.limiter.clone());
         let worker = BlkWorker::new(self.store.clone(), shared, limiter, self.metrics.clone())
-            .context("event descriptor")?;
+            .context("event descriptor")?
+            .registering_memory(self.options.register_memory);
         let uring = UringLoop::new(worker).context("cannot set up io_uring")?;
         Ok(Box::new(move |control| uring.run(&control)))
     }

@@ -32,6 +32,7 @@ use outboard_common::daemon::{self, Endpoint, RunOptions};
 use outboard_common::handover::{Handover, TakenOver};
 use outboard_common::logging;
 use outboard_common::metrics::Registry;
+use outboard_common::sandbox::rlimits;
 use outboard_common::vhost_user::session::SessionOptions;
 
 use crate::cli::BlkArgs;
@@ -126,7 +127,11 @@ pub fn run(args: &BlkArgs) -> anyhow::Result<()> {
     let (metrics, control) = (&args.metrics.metrics_socket, &args.control.control_socket);
     let admin = AdminSockets::bind(metrics.as_deref(), control.as_deref())?;
 
-    seccomp::close(&args.sandbox, &socket_paths(args, &disks))
+    let pins_memory = disks.iter().any(|disk| disk.device.register_memory);
+    if pins_memory {
+        rlimits::locked_memory();
+    }
+    seccomp::close(&args.sandbox, &socket_paths(args, &disks), pins_memory)
         .context("cannot close the sandbox")?;
 
     let admin = admin.serve(registry, Arc::new(BlkControl::new(devices.clone())))?;

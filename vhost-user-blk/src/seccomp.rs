@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use outboard_common::cli::SandboxArgs;
+use outboard_common::sandbox::capabilities;
 use outboard_common::sandbox::landlock::{Access, PathRules};
 use outboard_common::sandbox::namespaces::Namespace;
 use outboard_common::sandbox::seccomp::lists::{
@@ -34,11 +35,16 @@ const IMAGES: &[Rule] = &[
 /// Descriptors: images twice, sockets, and for each of many queues a ring and three event descriptors.
 const OPEN_FILES: u64 = 16 * 1024;
 
-/// Closes the sandbox. `sockets` are the paths of all sockets that were made or will be dialled.
+/// Closes the sandbox. `sockets` are the paths of all sockets that were made or will be dialled; guest memory
+/// will be registered if `pins_memory`, which the capability to lock memory frees from its limit.
 ///
 /// # Errors
 /// A stage that is required cannot be done.
-pub fn close(args: &SandboxArgs, sockets: &[PathBuf]) -> Result<(), SandboxError> {
+pub fn close(
+    args: &SandboxArgs,
+    sockets: &[PathBuf],
+    pins_memory: bool,
+) -> Result<(), SandboxError> {
     if args.no_sandbox {
         return Ok(());
     }
@@ -49,10 +55,15 @@ pub fn close(args: &SandboxArgs, sockets: &[PathBuf]) -> Result<(), SandboxError
     for directory in directories {
         paths = paths.allow(directory, Access::Sockets);
     }
+    let kept = if pins_memory {
+        capabilities::held(CapabilitySet::IPC_LOCK)
+    } else {
+        CapabilitySet::empty()
+    };
     enter(&Plan {
         open_files: OPEN_FILES,
         namespaces: &[Namespace::Network, Namespace::Ipc, Namespace::Uts],
-        capabilities: CapabilitySet::empty(),
+        capabilities: kept,
         paths,
         syscalls: Filter::of(&[BASE, SOCKETS, DIAL, LISTEN, IO_URING, SHARED_MEMORY, IMAGES]),
         seccomp: args.seccomp.seccomp,

@@ -142,6 +142,8 @@ pub struct BlkWorker {
     inline_bytes: u64,
     /// What is shown of each queue, by its index; filled when it is first served.
     gauges: Vec<Option<QueueGauges>>,
+    /// Guest memory is to be registered with the ring.
+    register_memory: bool,
 }
 
 fn place(direction: Direction) -> usize {
@@ -175,7 +177,26 @@ impl BlkWorker {
             done: Vec::new(),
             inline_bytes: 0,
             gauges: Vec::new(),
+            register_memory: false,
         })
+    }
+
+    /// Has the kernel hold guest memory ready, where the store goes through the ring.
+    #[must_use]
+    pub fn registering_memory(mut self, wanted: bool) -> Self {
+        self.register_memory = wanted && matches!(self.store.route, Route::Ring(_));
+        self
+    }
+
+    /// Registers the memory that queue `index` works on, unless it is.
+    fn register(&mut self, index: u16, cx: &mut UringContext) {
+        let Some(table) = cx.queues.get(index).map(|q| q.memory_table().clone()) else { return };
+        if let Err(error) = cx.register_memory(&table) {
+            warn_limited!(
+                device = self.shared.name(), %error,
+                "guest memory cannot be registered, so it is not; the limit on locked memory (LimitMEMLOCK) must be as large as it"
+            );
+        }
     }
 
     /// A free slot, made if need be. Requests in flight are bounded by the queues' sizes.
@@ -287,7 +308,12 @@ impl BlkWorker {
         let slot = &mut self.slots[at as usize];
         slot.stage = Stage::Transfer(transfer);
         let (descriptor, offset) = (slot.descriptor, slot.offset);
-        let entry = RawImage::entry(transfer, descriptor, offset, slot.data(transfer));
+        let data = slot.data(transfer);
+        let registered = match data.as_slice() {
+            [one] => cx.registered_buffer(one),
+            _ => None,
+        };
+        let entry = RawImage::entry(transfer, descriptor, offset, data, registered);
         // SAFETY: the buffers are guest memory that stays mapped until the chain is pushed, and the
         // vectors are in the slot's chain, which nothing changes before the completion.
         unsafe { cx.submit(entry, u64::from(at)) };
@@ -490,6 +516,9 @@ impl UringHandler for BlkWorker {
             }
             slot.queue = index;
             slot.begun = begun.take();
+            if self.register_memory && slot.begun.is_some() {
+                self.register(index, cx);
+            }
             self.begin(at, &limits, cx);
         }
         Progress::More

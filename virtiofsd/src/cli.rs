@@ -152,6 +152,11 @@ pub struct DaxArgs {
     /// How the VMM maps
     #[arg(long, value_name = "VMM", default_value = "qemu")]
     pub dax_vmm: DaxVmm,
+
+    /// Seconds that the VMM may take to map or unmap; the guest's request fails then, and the queue
+    /// goes on
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = values::some_seconds)]
+    pub dax_timeout: Duration,
 }
 
 /// How the directory is shown to the guest.
@@ -277,13 +282,15 @@ pub struct MigrationArgs {
     /// How the destination is told of an inode: by its path, or by its file handle (both sides must
     /// share the same file system). A destination takes file handles only with `file-handles`: they can
     /// name files outside the shared directory too, so use it where the source's VMM is trusted
-    #[arg(long, value_name = "MODE", default_value = "find-paths")]
-    pub migration_mode: MigrationMode,
+    /// [default: find-paths]
+    #[arg(long, value_name = "MODE")]
+    pub migration_mode: Option<MigrationMode>,
 
     /// At the destination, what to do about an inode that is not found: abort the migration, or give the
     /// guest errors when it uses that inode
-    #[arg(long, value_name = "WHAT", default_value = "abort")]
-    pub migration_on_error: MigrationOnError,
+    /// [default: abort]
+    #[arg(long, value_name = "WHAT")]
+    pub migration_on_error: Option<MigrationOnError>,
 
     /// At the source, send file handles along, which the destination compares with those of the inodes
     /// that it finds

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Seek as _, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
@@ -29,6 +30,11 @@ pub const TAG_SIZE: usize = 36;
 
 /// Request queues that a VMM may use when the operator did not say how many.
 const MAX_REQUEST_QUEUES: u16 = 64;
+
+/// First byte of a saved state: a FUSE session runs.
+const STARTED: u8 = 1;
+/// First byte of a saved state: the front end asked for the size of the window.
+const ASKED: u8 = 2;
 
 /// Configuration space. Virtio 1.3, 5.11.4.
 #[derive(Debug, Clone, Copy, IntoBytes, Immutable)]
@@ -87,6 +93,8 @@ pub struct DeviceOptions {
     pub request_queues: Option<u16>,
     /// Slow threads at the most; 0: requests that wait hold up their queue, and locks are polled for.
     pub slow_threads: usize,
+    /// How long the VMM may take to map or unmap.
+    pub dax_timeout: Duration,
     /// For INIT.
     pub limits: Limits,
     /// Where the device's queues are counted.
@@ -135,10 +143,14 @@ impl<F: Extension> FsDevice<F> {
     }
 
     fn load_with(&self, from: &mut dyn Read, origin: Origin) -> anyhow::Result<()> {
-        let mut started = [0];
-        from.read_exact(&mut started).context("the saved state is empty")?;
+        let mut began = [0];
+        from.read_exact(&mut began).context("the saved state is empty")?;
         self.server.reset();
-        if started != [0] {
+        if matches!(origin, Origin::Predecessor(_)) {
+            // The channel comes with the session; with it, the window is there at once.
+            self.update_window(|state| state.asked = began[0] & ASKED != 0);
+        }
+        if began[0] & STARTED != 0 {
             let flags = self.server.file_system().load(from, origin)?;
             self.server.resume(Some(flags));
         }
@@ -211,6 +223,9 @@ impl<F: Extension> Device for FsDevice<F> {
     }
 
     fn set_channel(&self, channel: Option<Arc<BackendChannel>>) {
+        if let Some(channel) = &channel {
+            channel.set_timeout(self.options.dax_timeout);
+        }
         self.update_window(|state| {
             // A session without a channel is over: the next front end has to ask anew.
             state.asked &= channel.is_some();
@@ -234,7 +249,7 @@ impl<F: Extension> Device for FsDevice<F> {
     }
 
     fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
-        to.write_all(&[u8::from(self.server.negotiated().is_some())])?;
+        to.write_all(&[if self.server.negotiated().is_some() { STARTED } else { 0 }])?;
         if self.server.negotiated().is_some() {
             self.server.file_system().save(to)?;
         }
@@ -246,9 +261,11 @@ impl<F: Extension> Device for FsDevice<F> {
     }
 
     fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
-        let Some(flags) = self.server.negotiated() else { return Ok(to.write_all(&[0])?) };
+        let asked = self.window.lock().unwrap_or_else(PoisonError::into_inner).asked;
+        let asked = if asked { ASKED } else { 0 };
+        let Some(flags) = self.server.negotiated() else { return Ok(to.write_all(&[asked])?) };
         tracing::debug!("handing a session over, with FUSE flags {flags:#x}");
-        to.write_all(&[1])?;
+        to.write_all(&[asked | STARTED])?;
         // A large state goes in a file of its own: the first descriptor.
         let file = File::from(memfd_create("state", MemfdFlags::CLOEXEC)?);
         fds.push(file.try_clone()?.into());
@@ -266,7 +283,7 @@ impl<F: Extension> Device for FsDevice<F> {
         mut fds: Vec<OwnedFd>,
     ) -> anyhow::Result<()> {
         if fds.is_empty() {
-            return self.load(from);
+            return self.load_with(from, Origin::Predecessor(fds));
         }
         let mut file = File::from(fds.remove(0));
         file.seek(SeekFrom::Start(0))?;

@@ -107,16 +107,33 @@ fn config(arguments: &Arguments) -> anyhow::Result<Config> {
 fn migration(arguments: MigrationArgs) -> Migration {
     Migration {
         mode: match arguments.migration_mode {
-            cli::MigrationMode::FindPaths => MigrationMode::FindPaths,
-            cli::MigrationMode::FileHandles => MigrationMode::FileHandles,
+            None | Some(cli::MigrationMode::FindPaths) => MigrationMode::FindPaths,
+            Some(cli::MigrationMode::FileHandles) => MigrationMode::FileHandles,
         },
         on_error: match arguments.migration_on_error {
-            cli::MigrationOnError::Abort => OnError::Abort,
-            cli::MigrationOnError::GuestError => OnError::GuestError,
+            None | Some(cli::MigrationOnError::Abort) => OnError::Abort,
+            Some(cli::MigrationOnError::GuestError) => OnError::GuestError,
         },
         verify_handles: arguments.migration_verify_handles,
         confirm_paths: arguments.migration_confirm_paths,
     }
+}
+
+/// The first option of migration that was given.
+fn explicit(arguments: MigrationArgs) -> Option<&'static str> {
+    let MigrationArgs {
+        migration_mode,
+        migration_on_error,
+        migration_verify_handles,
+        migration_confirm_paths,
+    } = arguments;
+    let given = [
+        (migration_mode.is_some(), "--migration-mode"),
+        (migration_on_error.is_some(), "--migration-on-error"),
+        (migration_verify_handles, "--migration-verify-handles"),
+        (migration_confirm_paths, "--migration-confirm-paths"),
+    ];
+    given.into_iter().find_map(|(given, name)| given.then_some(name))
 }
 
 /// What the command line says of DAX.
@@ -128,6 +145,12 @@ fn dax_options(arguments: &Arguments) -> anyhow::Result<dax::Options> {
         vmm: args.dax_vmm.into(),
     };
     options.check(arguments.sharing.readonly).map_err(anyhow::Error::msg)?;
+    if let (true, Some(option)) = (options.mode != dax::Mode::Never, explicit(arguments.migration))
+    {
+        anyhow::bail!(
+            "{option}: a guest that has files mapped with --dax cannot be migrated; leave one of them out"
+        );
+    }
     Ok(options)
 }
 
@@ -203,6 +226,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             tag: arguments.tag,
             request_queues: arguments.threads.num_request_queues,
             slow_threads: usize::from(arguments.threads.thread_pool_size),
+            dax_timeout: arguments.dax.dax_timeout,
             limits: Limits::default(),
             metrics: registry.device(&name),
         },

@@ -266,19 +266,32 @@ impl Mux {
     }
 
     /// Adds a connection and makes its key lead to it.
-    fn add_live(&mut self, key: Key, connection: Connection, on_accept: OnAccept) -> u32 {
+    fn add_live(
+        &mut self,
+        key: Key,
+        connection: Connection,
+        on_accept: OnAccept,
+        cx: &Context,
+    ) -> u32 {
         let at = self.insert(State::Free);
-        self.make_live(at, key, connection, on_accept);
+        self.make_live(at, key, connection, on_accept, cx);
         at
     }
 
     /// Makes the connection that slot `at` was taken for.
-    fn make_live(&mut self, at: u32, key: Key, connection: Connection, on_accept: OnAccept) {
+    fn make_live(
+        &mut self,
+        at: u32,
+        key: Key,
+        connection: Connection,
+        on_accept: OnAccept,
+        cx: &Context,
+    ) {
         let Some(slot) = self.slots.get_mut(at as usize) else { return };
         slot.state = State::Live(Box::new(Live {
             key,
             connection,
-            begun: Instant::now(),
+            begun: cx.now(),
             stream: None,
             side: Side::Ready,
             on_accept,
@@ -346,7 +359,7 @@ impl Mux {
             }
         }
         self.queue_control(at);
-        self.set_deadline(at, token);
+        self.set_deadline(at, token, cx);
     }
 
     fn queue_control(&mut self, at: u32) {
@@ -357,14 +370,14 @@ impl Mux {
         }
     }
 
-    fn set_deadline(&mut self, at: u32, token: u64) {
+    fn set_deadline(&mut self, at: u32, token: u64, cx: &Context) {
         let Some(live) = self.live(at) else { return };
         let timeout = live.connection.timeout();
         if timeout == live.timeout {
             return;
         }
         live.timeout = timeout;
-        live.deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        live.deadline = timeout.and_then(|t| cx.now().checked_add(t));
         if let Some(deadline) = live.deadline {
             self.timers.add(deadline, token);
         }
@@ -392,7 +405,7 @@ impl Mux {
 
     /// Acts on all deadlines that have come.
     pub(crate) fn on_timer(&mut self, cx: &mut Context) {
-        let now = Instant::now();
+        let now = cx.now();
         while let Some(token) = self.timers.next_due(now) {
             let Some(at) = self.slot_of(token) else { continue };
             match &mut self.slots[at as usize].state {

@@ -14,7 +14,7 @@ use outboard_common::ring::Chain;
 use outboard_common::worker::{Context, Progress, QueueHandler};
 
 use crate::device::{EVENT_QUEUE, Listeners, RX_QUEUE, TX_QUEUE};
-use crate::host::accept;
+use crate::host::{accept, is_readable};
 use crate::mux::Mux;
 use crate::packet::HEADER_SIZE;
 
@@ -71,13 +71,17 @@ impl VsockWorker {
                 (Ok(_), ..) => return,
                 (Err(error), ..) => {
                     tracing::warn!(%error, "cannot take a client now");
-                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+                    self.accept_again = Some(cx.now() + ACCEPT_PAUSE);
                     return;
                 }
             }
+            // The kernel makes a whole socket before it finds that nobody waits for one.
+            if !is_readable(fd) {
+                return;
+            }
         }
         // There may be more, of which no new event tells.
-        self.accept_again = Some(Instant::now());
+        self.accept_again = Some(cx.now());
     }
 
     fn accept_all(&mut self, cx: &mut Context) {
@@ -176,7 +180,7 @@ impl QueueHandler for VsockWorker {
     }
 
     fn on_timer(&mut self, cx: &mut Context) {
-        if self.accept_again.is_some_and(|at| at <= Instant::now()) {
+        if self.accept_again.is_some_and(|at| at <= cx.now()) {
             self.accept_again = None;
             self.accept_all(cx);
         }

@@ -158,6 +158,13 @@ impl Queue {
         self.memory.get()
     }
 
+    /// As [`Self::memory`], to be kept.
+    #[inline]
+    #[must_use]
+    pub fn memory_table(&self) -> &Arc<GuestMemory> {
+        self.memory.table()
+    }
+
     /// The descriptor to wait on for new chains; `None` when the driver never kicks and the queue
     /// must be polled.
     #[must_use]

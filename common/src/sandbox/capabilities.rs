@@ -51,6 +51,11 @@ fn empty_bounding_set() -> Result<(), StageError> {
     Ok(())
 }
 
+/// Those of `wanted` that the process has, so that they can be kept.
+pub fn held(wanted: CapabilitySet) -> CapabilitySet {
+    capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.permitted & wanted)
+}
+
 /// The capability with this name, like `CAP_SYS_ADMIN` or `sys_admin`.
 pub fn by_name(name: &str) -> Option<CapabilitySet> {
     let upper = name.to_ascii_uppercase();

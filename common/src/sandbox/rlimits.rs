@@ -4,6 +4,17 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Outcome, StageError};
 
+/// Lets the process lock and pin as much memory as its hard limit allows, and any amount if it may raise that.
+/// What is refused stays as it was.
+pub fn locked_memory() {
+    let unlimited = Rlimit { current: None, maximum: None };
+    if setrlimit(Resource::Memlock, unlimited).is_err() {
+        let maximum = getrlimit(Resource::Memlock).maximum;
+        // Up to the hard limit is always allowed.
+        let _ = setrlimit(Resource::Memlock, Rlimit { current: maximum, maximum });
+    }
+}
+
 /// Sets how many descriptors may be open at once, for good: the hard limit too.
 ///
 /// Raising the hard limit needs `CAP_SYS_RESOURCE`; without it the number is what the hard limit

@@ -4,8 +4,9 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{IoSlice, IoSliceMut};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -50,13 +51,15 @@ pub struct Connection {
     socket: UnixStream,
     /// Signalled when no front end may keep us waiting any more.
     interrupt: Option<EventFd>,
+    /// How long the front end may leave us in the middle of a message.
+    patience: Option<Timespec>,
 }
 
 impl Connection {
     /// A connection over `socket`.
     #[must_use]
     pub fn new(socket: UnixStream) -> Self {
-        Self { socket, interrupt: None }
+        Self { socket, interrupt: None, patience: None }
     }
 
     /// Gives up waiting for a slow front end, in the middle of a message too, once `interrupt` is
@@ -65,12 +68,19 @@ impl Connection {
         self.interrupt = interrupt;
     }
 
+    /// Gives up on a front end that neither takes nor sends anything for `patience`, when that is waited
+    /// for; what was sent or received by then is lost, and so is the connection.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = Timespec::try_from(patience).ok();
+    }
+
     /// Waits until the socket is ready for `what`; an error when interrupted before.
     fn wait(&self, what: PollFlags) -> io::Result<()> {
         loop {
             let mut fds = vec![PollFd::new(&self.socket, what)];
             fds.extend(self.interrupt.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
-            match poll(&mut fds, None) {
+            match poll(&mut fds, self.patience.as_ref()) {
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
                 Ok(_) if !fds[0].revents().is_empty() => return Ok(()),
                 Ok(_) => return Err(io::ErrorKind::Interrupted.into()),
                 Err(rustix::io::Errno::INTR) => {}

@@ -266,8 +266,7 @@ impl GuestMemory {
     #[must_use]
     pub fn translate(&self, addr: u64, len: u64) -> Option<*mut u8> {
         if let Some(iotlb) = &self.iotlb {
-            let (user_addr, contiguous) = iotlb.resolve(addr, PERM_READ)?;
-            return if len <= contiguous { self.translate_user(user_addr, len) } else { None };
+            return self.translate_pieces(addr, len, |iova| iotlb.resolve(iova, PERM_READ));
         }
         let region = self.find(addr)?;
         let offset = addr - region.info.guest_addr;
@@ -335,14 +334,27 @@ impl GuestMemory {
     #[must_use]
     pub fn translate_ring(&self, addr: u64, len: u64) -> Option<*mut u8> {
         let Some(iotlb) = &self.iotlb else { return self.translate_user(addr, len) };
-        // Pieces may be as small as pages: all must be there, in one run of the front end's memory.
+        self.translate_pieces(addr, len, |iova| {
+            let found = iotlb.lookup(iova, PERM_READ);
+            if found.is_none() {
+                iotlb.request(iova, PERM_READ | PERM_WRITE);
+            }
+            found
+        })
+    }
+
+    /// Where `len` bytes at the I/O virtual address `addr` are. The pieces that `find` knows may be as small
+    /// as pages: all must be there, in one run of the front end's memory.
+    #[cold]
+    fn translate_pieces(
+        &self,
+        addr: u64,
+        len: u64,
+        find: impl Fn(u64) -> Option<(u64, u64)>,
+    ) -> Option<*mut u8> {
         let (mut done, mut start) = (0u64, None);
         while done < len {
-            let iova = addr.checked_add(done)?;
-            let Some((user_addr, contiguous)) = iotlb.lookup(iova, PERM_READ) else {
-                iotlb.request(iova, PERM_READ | PERM_WRITE);
-                return None;
-            };
+            let (user_addr, contiguous) = find(addr.checked_add(done)?)?;
             let first = *start.get_or_insert(user_addr);
             if user_addr != first.checked_add(done)? {
                 return None;
@@ -499,6 +511,11 @@ impl MemoryView {
 
     #[inline]
     pub(crate) fn get(&self) -> &GuestMemory {
+        &self.current
+    }
+
+    #[inline]
+    pub(crate) fn table(&self) -> &Arc<GuestMemory> {
         &self.current
     }
 }

@@ -20,6 +20,7 @@
 //! With busy-polling on, an idle loop spins over `has_available` and a non-blocking `epoll_wait` for
 //! as long as recent spins found work, at most the set time, before it sleeps.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -87,6 +88,8 @@ pub struct Context {
     pub queues: Queues,
     epoll: RawFd,
     deadline: Option<Instant>,
+    /// The time, if it was asked for since the loop last waited.
+    now: Cell<Option<Instant>>,
     /// Queues to be asked in the next round.
     again: Vec<u16>,
 }
@@ -124,6 +127,15 @@ impl Context {
     /// cancels it.
     pub fn set_timer(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
+    }
+
+    /// The time of this round, asked of the system once: for deadlines, which a round too late does no
+    /// harm.
+    #[must_use]
+    pub fn now(&self) -> Instant {
+        let now = self.now.get().unwrap_or_else(Instant::now);
+        self.now.set(Some(now));
+        now
     }
 
     /// Has [`QueueHandler::on_kick`] called for queue `index` before the loop sleeps, as if the driver
@@ -264,7 +276,13 @@ impl<H: QueueHandler> EventLoop<H> {
     /// The process is out of descriptors.
     pub fn new(handler: H) -> io::Result<Self> {
         let epoll = epoll::create(true)?;
-        let cx = Context { queues: Queues::default(), epoll, deadline: None, again: Vec::new() };
+        let cx = Context {
+            queues: Queues::default(),
+            epoll,
+            deadline: None,
+            now: Cell::new(None),
+            again: Vec::new(),
+        };
         Ok(Self {
             handler,
             cx,
@@ -299,6 +317,7 @@ impl<H: QueueHandler> EventLoop<H> {
                     return;
                 }
             };
+            self.cx.now.set(None);
             if self.turn(events.get(..n).unwrap_or(&[]), &control).is_err() {
                 return;
             }
@@ -335,10 +354,12 @@ impl<H: QueueHandler> EventLoop<H> {
         }
         // Whoever asks from here on is served in the next round.
         std::mem::swap(&mut self.round, &mut self.cx.again);
-        while let Some(index) = self.round.pop() {
+        let mut round = std::mem::take(&mut self.round);
+        for index in round.drain(..) {
             self.kick(index);
         }
-        if self.cx.deadline.is_some_and(|d| d <= Instant::now()) {
+        self.round = round;
+        if self.cx.deadline.is_some_and(|d| d <= self.cx.now()) {
             self.cx.deadline = None;
             self.handler.on_timer(&mut self.cx);
             self.publish_all();
@@ -467,7 +488,7 @@ impl<H: QueueHandler> EventLoop<H> {
         {
             return Ok(n);
         }
-        let timeout = self.cx.deadline.map(|d| d.saturating_duration_since(Instant::now()));
+        let timeout = self.cx.deadline.map(|d| d.saturating_duration_since(self.cx.now()));
         wait_for(self.cx.epoll, timeout, events)
     }
 

@@ -8,6 +8,7 @@ mod control;
 mod event_loop;
 mod pool;
 mod uring_loop;
+mod uring_memory;
 
 pub use control::{Command, Control, ControlHandle};
 pub use event_loop::{Context, EventLoop, Progress, QueueHandler, Queues};

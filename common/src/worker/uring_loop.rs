@@ -28,9 +28,11 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::control::SessionOver;
+use super::uring_memory::RegisteredMemory;
 use super::{Command, Control, Progress, Queues};
 use crate::ring::Queue;
 use crate::sys::EventFd;
+use crate::vhost_user::memory::GuestMemory;
 
 /// Entries of the submission queue: what one turn submits without an extra system call.
 const SQ_ENTRIES: u32 = 256;
@@ -62,6 +64,9 @@ pub struct UringContext {
     /// Entries that found the submission queue full.
     backlog: VecDeque<squeue::Entry>,
     deadline: Option<Instant>,
+    /// Operations submitted and not completed.
+    under_way: u32,
+    registered: Option<RegisteredMemory>,
 }
 
 impl std::fmt::Debug for UringContext {
@@ -79,6 +84,7 @@ impl UringContext {
     #[inline]
     pub unsafe fn submit(&mut self, entry: squeue::Entry, token: u64) {
         debug_assert!(token & LOOP_BIT == 0);
+        self.under_way += 1;
         // SAFETY: handed on from the caller.
         unsafe { self.push(entry.user_data(token)) };
     }
@@ -99,8 +105,35 @@ impl UringContext {
     /// Reports each time `fd` becomes readable to [`UringHandler::on_completion`] with `token`. The
     /// watch lasts as long as the worker.
     pub fn watch(&mut self, fd: RawFd, token: u64) {
+        debug_assert!(token & LOOP_BIT == 0);
         // SAFETY: a poll carries no pointer, and the kernel holds the file.
-        unsafe { self.submit(poll(fd), token) };
+        unsafe { self.push(poll(fd).user_data(token)) };
+    }
+
+    /// Has the kernel hold `table`'s memory ready for operations with [`Self::registered_buffer`]. It stays
+    /// pinned until another table is registered or the worker ends. Does nothing while operations are
+    /// under way, nor when `table` is what was tried last.
+    ///
+    /// # Errors
+    /// The kernel's, such as a limit on locked memory; then no buffer is registered.
+    pub fn register_memory(&mut self, table: &Arc<GuestMemory>) -> io::Result<()> {
+        if self.under_way > 0 || self.registered.as_ref().is_some_and(|r| r.is_of(table)) {
+            return Ok(());
+        }
+        let submitter = self.ring.submitter();
+        if let Some(old) = self.registered.take() {
+            old.unregister(&submitter)?;
+        }
+        let (registered, result) = RegisteredMemory::register(&submitter, table.clone());
+        self.registered = Some(registered);
+        result
+    }
+
+    /// The number by which an operation can name the registered memory that has all of `buffer`.
+    #[inline]
+    #[must_use]
+    pub fn registered_buffer(&self, buffer: &libc::iovec) -> Option<u16> {
+        self.registered.as_ref()?.piece_of(buffer)
     }
 
     /// Registers the files that operations can name by their place in `fds` (`types::Fixed`).
@@ -260,6 +293,8 @@ impl<H: UringHandler> UringLoop<H> {
             ring: build_ring()?,
             backlog: VecDeque::new(),
             deadline: None,
+            under_way: 0,
+            registered: None,
         };
         Ok(Self {
             handler,
@@ -304,6 +339,9 @@ impl<H: UringHandler> UringLoop<H> {
             let full = cqes.len() == REAP_BATCH;
             for cqe in cqes {
                 if cqe.user_data() & LOOP_BIT == 0 {
+                    if !cqueue::more(cqe.flags()) {
+                        self.cx.under_way = self.cx.under_way.saturating_sub(1);
+                    }
                     self.handler.on_completion(cqe.user_data(), cqe.result(), &mut self.cx);
                 } else {
                     self.own_event(cqe, control);

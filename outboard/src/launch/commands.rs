@@ -232,12 +232,12 @@ mod tests {
         assert_eq!(
             lines(Vec::new(), vec![nic], Some(vsock)),
             [
-                "vhost-user-net --socket-path=/r/eth.sock --metrics-socket=/r/eth.metrics --tap=t0 \
-                 --netns=/run/netns/a --mac=52:54:00:12:34:56 --mtu=9000 --queue-pairs=2 \
+                "vhost-user-net --socket-path=/r/eth.sock --metrics-socket=/r/eth.metrics \
+                 --handover-socket=/r/eth.handover --tap=t0 --netns=/run/netns/a --mac=52:54:00:12:34:56 --mtu=9000 --queue-pairs=2 \
                  --tx-packets=1024:1024 --rx-packets=1024:1024 --tx-bytes=1048576:2097152 \
                  --rx-bytes=1048576:2097152",
                 "vsock-proxy --socket-path=/r/vsock.sock --metrics-socket=/r/vsock.metrics \
-                 --guest-cid=7 --uds-path=/r/vsock.host",
+                 --handover-socket=/r/vsock.handover --guest-cid=7 --uds-path=/r/vsock.host",
             ]
         );
     }

@@ -60,7 +60,8 @@ impl RunDir {
                 }
             }
         }
-        let mut files = vec![layout.state(), layout.firecracker_config(), layout.vsock_uds()];
+        let mut files = vec![layout.state(), layout.firecracker_config()];
+        files.extend([layout.vsock_uds(), layout.vsock_seqpacket()]);
         for daemon in daemons {
             // A log of the pod's last run would be taken for this one's.
             let _ = fs::remove_file(&daemon.log);

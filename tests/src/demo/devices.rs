@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,6 +26,8 @@ pub(super) const GUEST_ADDRESS: &str = "192.0.2.2";
 const GUEST_CID: u32 = 3;
 /// The disk, an image whose blocks are allocated as they are written.
 const DISK_BYTES: u64 = 512 << 20;
+/// From listening to serving takes a daemon milliseconds.
+const SETTLING: Duration = Duration::from_millis(50);
 /// A daemon leaves in milliseconds; this is for a slow machine.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -182,6 +185,8 @@ impl Devices {
         let started = Instant::now();
         let daemon = Daemon::start_command(kind.binary(), command, &socket)?;
         let took = started.elapsed().as_millis();
+        // It listens before it gives back what only starting took.
+        sleep(SETTLING);
         let memory = daemon.private_bytes()? >> 10;
         self.running.push((kind, daemon));
         Ok(format!("in {took} ms, {memory} KiB of memory"))

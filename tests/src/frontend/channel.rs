@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -19,12 +18,13 @@ use vhost::vhost_user::message::BackendReq;
 
 use super::FrontEnd;
 use super::wire::{FLAG_NEED_REPLY, FLAG_REPLY, Message, Wire};
+use crate::file_view::FileView;
 
-/// How SHMEM_MAP is served.
+/// How SHMEM_MAP is served. Either way the file is really mapped, and the guest's accesses go there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShmemPolicy {
-    /// As QEMU: ADD_MEM_REG at this guest address plus the offset, then the reply; overlapping maps and
-    /// inexact unmaps are refused.
+    /// As QEMU: ADD_MEM_REG at this guest address plus the offset, then the reply; overlapping maps,
+    /// inexact unmaps, files that are not open for writing and maps past the file's end are refused.
     Qemu {
         /// Guest address of the window.
         window: u64,
@@ -50,6 +50,35 @@ pub struct ShmemMapping {
     pub flags: u64,
     /// The file.
     pub file: File,
+    view: FileView,
+}
+
+impl ShmemMapping {
+    fn new(message: &mut Message) -> Result<Self> {
+        ensure!(message.body.len() == 40, "SHMEM_MAP of {} bytes", message.body.len());
+        let fd: OwnedFd = message.fds.pop().context("SHMEM_MAP without a descriptor")?;
+        let file = File::from(fd);
+        let (fd_offset, len, flags) =
+            (message.u64_at(8)?, message.u64_at(24)?, message.u64_at(32)?);
+        let view = FileView::map(&file, fd_offset, len, flags & MAP_RW != 0)?;
+        let shm_offset = message.u64_at(16)?;
+        Ok(Self { shmid: message.body[0], shm_offset, len, fd_offset, flags, file, view })
+    }
+
+    /// What QEMU checks before it maps.
+    fn check_as_qemu(&self) -> Result<()> {
+        let flags = rustix::fs::fcntl_getfl(&self.file)?;
+        ensure!(flags.contains(rustix::fs::OFlags::RDWR), "Permission denied");
+        let size = self.file.metadata()?.len();
+        if size == 0 {
+            // QEMU takes an empty file for one that it is to fill.
+            self.file.set_len(self.fd_offset + self.len)?;
+        } else {
+            let end = self.fd_offset + self.len;
+            ensure!(size <= self.fd_offset || end <= size, "a map past the file's end");
+        }
+        Ok(())
+    }
 }
 
 /// What the daemon asked or told.
@@ -65,11 +94,16 @@ pub enum BackendRequest {
     Map(u64, u64),
     /// SHMEM_UNMAP of offset and length in bytes.
     Unmap(u64, u64),
+    /// IOTLB_MSG: the translation of this I/O virtual address is wanted, for this access.
+    IotlbMiss(u64, u8),
     /// Anything else, by request code.
     Other(u32),
 }
 
-type Shared<T> = Arc<Mutex<T>>;
+/// VHOST_USER_FLAG_MAP_RW.
+const MAP_RW: u64 = 1;
+
+pub(super) type Shared<T> = Arc<Mutex<T>>;
 
 /// The channel and the thread that serves it.
 #[derive(Debug)]
@@ -121,9 +155,9 @@ impl BackendChannel {
         socket: UnixStream,
         front_end: FrontEnd,
         policy: ShmemPolicy,
+        mappings: Shared<Vec<ShmemMapping>>,
     ) -> Result<Self> {
         let (sender, requests) = channel();
-        let mappings = Shared::default();
         let calls = Shared::default();
         let gate = Arc::<Gate>::default();
         let wire = Wire::new(socket.try_clone()?)?;
@@ -165,6 +199,11 @@ impl BackendChannel {
         self.gate.set(held);
     }
 
+    /// What is mapped, for the channel that comes after this one.
+    pub(super) fn shared_mappings(&self) -> Shared<Vec<ShmemMapping>> {
+        Arc::clone(&self.mappings)
+    }
+
     /// How many ranges are mapped.
     #[must_use]
     pub fn mapped(&self) -> usize {
@@ -186,8 +225,7 @@ impl BackendChannel {
             .iter()
             .find(|m| at >= m.shm_offset && at + data.len() as u64 <= m.shm_offset + m.len);
         let m = found.with_context(|| format!("nothing is mapped at {at:#x}"))?;
-        ensure!(m.flags & 1 != 0, "mapped for reading only");
-        m.file.write_all_at(data, m.fd_offset + (at - m.shm_offset))?;
+        m.view.write(at - m.shm_offset, data)?;
         drop(mappings);
         Ok(())
     }
@@ -202,9 +240,20 @@ impl BackendChannel {
             .iter()
             .find(|m| at >= m.shm_offset && at + out.len() as u64 <= m.shm_offset + m.len);
         let m = found.with_context(|| format!("nothing is mapped at {at:#x}"))?;
-        m.file.read_exact_at(out, m.fd_offset + (at - m.shm_offset))?;
+        m.view.read(at - m.shm_offset, out)?;
         drop(mappings);
         Ok(())
+    }
+
+    /// Touches every page that is mapped.
+    ///
+    /// # Errors
+    /// A file ends before its mapping does: a guest that reads there ends the VMM.
+    pub fn touch_all(&self) -> Result<()> {
+        lock(&self.mappings).iter().try_for_each(|m| {
+            let page = |at| m.view.read(at, &mut [0]).with_context(|| format!("{m:?} at {at:#x}"));
+            (0..m.len).step_by(4096).try_for_each(page)
+        })
     }
 }
 
@@ -245,6 +294,10 @@ impl Server {
             _ if is(message, BackendReq::SHMEM_UNMAP) => {
                 BackendRequest::Unmap(message.u64_at(16)?, message.u64_at(24)?)
             }
+            _ if is(message, BackendReq::IOTLB_MSG) => {
+                ensure!(message.body.len() == 32 && message.body[25] == 1, "no IOTLB miss");
+                BackendRequest::IotlbMiss(message.u64_at(0)?, message.body[24])
+            }
             other => BackendRequest::Other(other),
         };
         let outcome = match request {
@@ -265,16 +318,7 @@ impl Server {
     }
 
     fn map(&self, message: &mut Message) -> Result<()> {
-        ensure!(message.body.len() == 40, "SHMEM_MAP of {} bytes", message.body.len());
-        let fd: OwnedFd = message.fds.pop().context("SHMEM_MAP without a descriptor")?;
-        let mapping = ShmemMapping {
-            shmid: message.body[0],
-            fd_offset: message.u64_at(8)?,
-            shm_offset: message.u64_at(16)?,
-            len: message.u64_at(24)?,
-            flags: message.u64_at(32)?,
-            file: File::from(fd),
-        };
+        let mapping = ShmemMapping::new(message)?;
         ensure!(self.policy != ShmemPolicy::Refuse, "refused by policy");
         let end = mapping.shm_offset.checked_add(mapping.len).context("a range that wraps")?;
         let overlaps = lock(&self.mappings).iter().any(|m| {
@@ -284,11 +328,7 @@ impl Server {
         });
         ensure!(mapping.len > 0 && !overlaps, "an overlapping map");
         if let ShmemPolicy::Qemu { window } = self.policy {
-            let size = mapping.file.metadata()?.len();
-            ensure!(
-                mapping.fd_offset + mapping.len <= size.next_multiple_of(4096),
-                "a map past the file's end"
-            );
+            mapping.check_as_qemu()?;
             self.front_end.add_region(region(window, &mapping), mapping.file.as_fd())?;
         }
         lock(&self.mappings).push(mapping);

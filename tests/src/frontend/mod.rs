@@ -531,7 +531,23 @@ impl FrontEnd {
     pub fn open_backend_channel(&self, policy: ShmemPolicy) -> Result<BackendChannel> {
         let (ours, theirs) = UnixStream::pair()?;
         self.set(code(FrontendReq::SET_BACKEND_REQ_FD), &[], &[theirs.as_fd()])?;
-        BackendChannel::serve(ours, self.clone(), policy)
+        BackendChannel::serve(ours, self.clone(), policy, Arc::default())
+    }
+
+    /// Another channel in the place of `old`, by the same VMM: what is mapped stays.
+    ///
+    /// # Errors
+    /// Refused.
+    pub fn replace_backend_channel(
+        &self,
+        old: BackendChannel,
+        policy: ShmemPolicy,
+    ) -> Result<BackendChannel> {
+        let (ours, theirs) = UnixStream::pair()?;
+        self.set(code(FrontendReq::SET_BACKEND_REQ_FD), &[], &[theirs.as_fd()])?;
+        let mappings = old.shared_mappings();
+        drop(old);
+        BackendChannel::serve(ours, self.clone(), policy, mappings)
     }
 
     /// SEND_RARP.

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal};
 
 use super::{Recipe, ToolRoot};
@@ -20,6 +20,8 @@ const SUITE: &str = "forky";
 const LAYOUT: u32 = 1;
 /// Kernel packages are replaced in the archive now and then while a download runs.
 const ATTEMPTS: u32 = 3;
+/// What a root and the packages it is unpacked from take.
+const ROOM_MIB: u64 = 900;
 /// How often a running `mmdebstrap` is looked at.
 const POLL: Duration = Duration::from_millis(20);
 /// For how long a failed build is not repeated.
@@ -96,6 +98,7 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
 
 fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Result<()> {
     let mirror = mirror()?;
+    ensure_room(cache)?;
     let partial = cache.join(format!("{}.partial", recipe.name));
     for attempt in 1..=ATTEMPTS {
         remove_tree(&partial)?;
@@ -123,6 +126,19 @@ fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Resul
         })?;
     }
     progress("the tool root is ready");
+    Ok(())
+}
+
+/// `tar` does not say why it failed, so that the usual reason is looked for first.
+fn ensure_room(cache: &Path) -> Result<()> {
+    let disk = rustix::fs::statvfs(cache).context("look for room")?;
+    let free_mib = (disk.f_bavail * disk.f_frsize) >> 20;
+    ensure!(
+        free_mib >= ROOM_MIB,
+        "{free_mib} MiB are free in {}, and the guest's tools need {ROOM_MIB} while they are unpacked: \
+         make room there, or set OUTBOARD_CACHE to another place",
+        cache.display()
+    );
     Ok(())
 }
 

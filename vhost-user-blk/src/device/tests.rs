@@ -13,6 +13,7 @@ fn device(write_cache: bool, read_only: bool) -> BlkDevice {
         write_cache,
         discard: true,
         limits: Limits::default(),
+        register_memory: false,
     };
     let metrics = Registry::new("test").device("disk");
     BlkDevice::new(options, memory::open(1 << 20).unwrap(), Arc::default(), metrics).unwrap()

@@ -249,7 +249,8 @@ impl RawImage {
         if in_file && in_memory { Descriptor::Direct } else { Descriptor::Buffered }
     }
 
-    /// The io_uring operation for as much of `data` as one can take.
+    /// The io_uring operation for as much of `data` as one can take. `registered` is the number of the
+    /// registered memory that has all of it.
     #[inline]
     #[must_use]
     pub fn entry(
@@ -257,25 +258,37 @@ impl RawImage {
         descriptor: Descriptor,
         offset: u64,
         data: &IoVecs,
+        registered: Option<u16>,
     ) -> squeue::Entry {
         let fd = types::Fixed(descriptor as u32);
         let flags = if transfer == Transfer::WriteThrough { libc::RWF_DSYNC } else { 0 };
-        match (data.as_slice(), transfer) {
-            ([one], Transfer::Read) => {
+        match (data.as_slice(), transfer, registered) {
+            ([one], Transfer::Read, Some(number)) => {
+                opcode::ReadFixed::new(fd, one.iov_base.cast(), clamp(one.iov_len), number)
+                    .offset(offset)
+                    .build()
+            }
+            ([one], _, Some(number)) => {
+                opcode::WriteFixed::new(fd, one.iov_base.cast(), clamp(one.iov_len), number)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            ([one], Transfer::Read, None) => {
                 opcode::Read::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                     .offset(offset)
                     .build()
             }
-            ([one], _) => opcode::Write::new(fd, one.iov_base.cast(), clamp(one.iov_len))
+            ([one], _, None) => opcode::Write::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                 .offset(offset)
                 .rw_flags(flags)
                 .build(),
-            (many, Transfer::Read) => {
+            (many, Transfer::Read, _) => {
                 opcode::Readv::new(fd, many.as_ptr(), clamp(many.len().min(IOV_MAX)))
                     .offset(offset)
                     .build()
             }
-            (many, _) => opcode::Writev::new(fd, many.as_ptr(), clamp(many.len().min(IOV_MAX)))
+            (many, _, _) => opcode::Writev::new(fd, many.as_ptr(), clamp(many.len().min(IOV_MAX)))
                 .offset(offset)
                 .rw_flags(flags)
                 .build(),

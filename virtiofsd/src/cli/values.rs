@@ -59,3 +59,13 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_not_a_number| wrong())?;
     Duration::try_from_secs_f64(seconds).map_err(|_out_of_range| wrong())
 }
+
+/// From a thousandth of a second to a day.
+pub(super) fn some_seconds(text: &str) -> Result<Duration, String> {
+    let duration = seconds(text)?;
+    let allowed = Duration::from_millis(1)..=Duration::from_secs(86_400);
+    if allowed.contains(&duration) {
+        return Ok(duration);
+    }
+    Err(format!("'{text}' is not from 0.001 to 86400 seconds"))
+}

@@ -153,6 +153,11 @@ impl Claims {
         self.by_offset.keys().copied().collect()
     }
 
+    /// All claims with their window offsets.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &Claim)> {
+        self.by_offset.iter().map(|(offset, claim)| (*offset, claim))
+    }
+
     /// The claim at exactly `offset`.
     pub fn get_mut(&mut self, offset: u64) -> Option<&mut Claim> {
         self.by_offset.get_mut(&offset)

@@ -18,14 +18,17 @@
 //! The VMM's answer may wait for memory changes on the main socket; those never wait for us. When the
 //! rings are being stopped the channel is interrupted, and the request is put back into its ring
 //! (`EINTR`, see the worker). The one lock here is held meanwhile; the session's thread never takes it
-//! while a ring runs.
+//! while a ring runs. A VMM that does not answer costs one request its time limit (`ETIMEDOUT`) and the
+//! others nothing; what it may have mapped is taken back when it answers again.
 
 pub mod claims;
+pub mod state;
 pub mod tails;
 mod window;
 
-pub use window::{ChannelWindow, take_interrupted};
+pub use window::{ChannelWindow, is_interrupted, take_interrupted};
 
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -77,6 +80,8 @@ pub const MAX_STRICT_WINDOW: u64 = 256 << 20;
 const MAX_STRICT_MAPPINGS: usize = 400;
 /// Mappings of one range whose file has grown, before they become one again.
 const MAX_PARTS: usize = 4;
+/// Inodes of which is remembered whether they can be opened for writing.
+const MOST_OPENED: usize = 16_384;
 /// Smaller files are not worth a mapping: a range of the window is 2 MiB.
 const WORTH_BYTES: u64 = 2 << 20;
 
@@ -115,7 +120,8 @@ struct State {
     /// Ranges and lengths that the VMM may have mapped and nobody wants: those of a guest that is gone,
     /// and those of requests that were interrupted before the VMM's answer came.
     stale: Vec<(u64, u64)>,
-    /// Files whose mappings were to be refreshed when the rings were being stopped.
+    /// Files whose mappings were to be refreshed when the rings were being stopped, or the VMM did not
+    /// answer.
     owed: Vec<u64>,
     /// The way to the VMM, under a lock of its own: the session changes it while a mapping waits.
     window: Arc<Mutex<Option<Window>>>,
@@ -126,11 +132,18 @@ impl State {
         self.window.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The mappings of `inode` are to be refreshed with the next request.
+    fn owe(&mut self, inode: u64) {
+        if !self.owed.contains(&inode) {
+            self.owed.push(inode);
+        }
+    }
+
     /// Unmaps what nobody wants. The VMM refuses what it does not have, which is as good.
     fn settle(&mut self) -> io::Result<()> {
         while let (Some(&(offset, len)), Some(window)) = (self.stale.last(), self.window()) {
             match window.unmap(offset, len) {
-                Err(error) if is_interrupted(&error) => return Err(error),
+                Err(error) if is_open(&error) => return Err(error),
                 _ => self.stale.pop(),
             };
         }
@@ -138,8 +151,24 @@ impl State {
     }
 }
 
+/// Whether nobody knows what the VMM did, or will do: the rings are being stopped, or it is silent.
+fn is_open(error: &io::Error) -> bool {
+    is_stop(error) || is_silent(error)
+}
+
+/// The VMM does not answer.
+fn is_silent(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ETIMEDOUT)
+}
+
+/// `done`, which may be late when the VMM does not answer, but must not be skipped when the request
+/// is done again anyway.
+fn or_later(done: io::Result<()>) -> io::Result<()> {
+    done.or_else(|error| if is_silent(&error) { Ok(()) } else { Err(error) })
+}
+
 /// The rings are being stopped: the request will be done again, from its start.
-fn is_interrupted(error: &io::Error) -> bool {
+fn is_stop(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINTR)
 }
 
@@ -151,6 +180,8 @@ pub struct Dax {
     /// There is a way to the VMM. Asked for every attribute, so it never waits for a mapping.
     ready: AtomicBool,
     window: Arc<Mutex<Option<Window>>>,
+    /// Files that were tried for whether they can be opened as the VMM needs it, by inode.
+    opened: Mutex<HashMap<u64, bool>>,
     state: Mutex<State>,
 }
 
@@ -187,7 +218,8 @@ impl Dax {
             window: Arc::clone(&window),
         };
         let (active, ready) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Ok(Self { options, active, ready, window, state: Mutex::new(state) })
+        let (opened, state) = (Mutex::default(), Mutex::new(state));
+        Ok(Self { options, active, ready, window, opened, state })
     }
 
     /// The state, with nothing mapped that nobody wants.
@@ -212,6 +244,33 @@ impl Dax {
     #[must_use]
     pub fn marks(&self, size: u64) -> bool {
         size >= WORTH_BYTES && (self.options.vmm == Vmm::Plain || size.is_multiple_of(PAGE))
+    }
+
+    /// Whether inode `id` can be opened as the VMM needs it. Found out by `try_it` the first time: opening
+    /// for writing can be seen by others, and every answer with the file's attributes asks for it.
+    pub fn can_open(&self, id: u64, try_it: impl FnOnce() -> io::Result<()>) -> bool {
+        if !self.needs_writable() {
+            return true;
+        }
+        if let Some(&known) = self.opened().get(&id) {
+            return known;
+        }
+        let can = try_it().is_ok();
+        let mut opened = self.opened();
+        if opened.len() >= MOST_OPENED {
+            opened.clear();
+        }
+        opened.insert(id, can);
+        can
+    }
+
+    /// Inode `id` could not be opened when it was to be mapped: it is marked no longer.
+    pub fn cannot_open(&self, id: u64) {
+        self.opened().insert(id, false);
+    }
+
+    fn opened(&self) -> MutexGuard<'_, HashMap<u64, bool>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the VMM needs descriptors that are open for writing.
@@ -245,6 +304,7 @@ impl Dax {
     pub fn forget_guest(&self) {
         let mut state = self.lock();
         state.owed.clear();
+        self.opened().clear();
         self.drop_claims(&mut state, true);
     }
 
@@ -384,15 +444,21 @@ impl Dax {
         inode: u64,
         mut each: impl FnMut(&mut State, u64) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut state = self.settled()?;
-        self.pay(&mut state)?;
+        let mut state = self.lock();
+        or_later(state.settle())?;
+        or_later(self.pay(&mut state))?;
         for offset in state.claims.of_inode(inode) {
-            each(&mut state, offset)?;
+            let done = each(&mut state, offset);
+            if done.as_ref().is_err_and(is_silent) {
+                // A piece of it may be missing now, which the guest must not go on reading.
+                state.owe(inode);
+            }
+            done?;
         }
         Ok(())
     }
 
-    /// Refreshes what could not be while the rings were being stopped.
+    /// Refreshes what could not be when it should have been.
     fn pay(&self, state: &mut State) -> io::Result<()> {
         while let Some(&inode) = state.owed.last() {
             for offset in state.claims.of_inode(inode) {
@@ -411,8 +477,8 @@ impl Dax {
     /// The VMM refused, or the file cannot be read.
     pub fn refresh_later(&self, inode: u64) -> io::Result<()> {
         match self.refresh(inode) {
-            Err(error) if is_interrupted(&error) && take_interrupted() => {
-                self.lock().owed.push(inode);
+            Err(error) if is_stop(&error) && take_interrupted() => {
+                self.lock().owe(inode);
                 Ok(())
             }
             done => done,
@@ -437,9 +503,10 @@ impl Dax {
     /// Before the file gets `size` bytes: nothing past that may stay mapped.
     ///
     /// # Errors
-    /// The VMM refused; then the file must not be truncated.
+    /// The VMM refused, or does not answer; then the file must not be truncated.
     #[inline]
     pub fn before_resize(&self, inode: u64, size: u64) -> io::Result<()> {
+        self.certain()?;
         self.each(inode, |state, offset| {
             sync_claim(state, offset)?;
             let now = state.claims.get_mut(offset).map(|c| c.file.clone());
@@ -451,10 +518,16 @@ impl Dax {
     /// Before an operation that may move the file's end or contents in a way of its own.
     ///
     /// # Errors
-    /// The VMM refused; then the operation must not be done.
+    /// The VMM refused, or does not answer; then the operation must not be done.
     #[inline]
     pub fn before_upheaval(&self, inode: u64) -> io::Result<()> {
+        self.certain()?;
         self.each(inode, hide)
+    }
+
+    /// Nothing is mapped that we do not know of.
+    fn certain(&self) -> io::Result<()> {
+        self.settled().map(drop)
     }
 
     /// After anything that may have changed the file's size or contents, and before the guest hears of
@@ -482,16 +555,16 @@ fn map(
     state.settle()?;
     let window = state.window().ok_or_else(not_supported)?;
     let done = window.map(file, file_offset, at, len, write);
-    if done.as_ref().is_err_and(is_interrupted) {
+    if done.as_ref().is_err_and(is_open) {
         state.stale.push((at, len));
     }
     done
 }
 
-/// Unmaps. When it is interrupted, nobody wants the mapping any more, and it may be gone or not.
+/// Unmaps. When no answer comes, nobody wants the mapping any more, and it may be gone or not.
 fn unmap(state: &mut State, at: u64, len: u64) -> io::Result<()> {
     let done = state.window().map_or(Ok(()), |window| window.unmap(at, len));
-    if done.as_ref().is_err_and(is_interrupted) {
+    if done.as_ref().is_err_and(is_open) {
         state.stale.push((at, len));
     }
     done
@@ -547,7 +620,7 @@ fn hide_tail(state: &mut State, offset: u64) -> io::Result<()> {
     let Some(claim) = state.claims.get_mut(offset) else { return Ok(()) };
     let (Some(slot), at) = (claim.pieces.tail, offset + claim.pieces.file()) else { return Ok(()) };
     let done = unmap(state, at, PAGE);
-    if done.as_ref().is_err_and(|error| !is_interrupted(error)) {
+    if done.as_ref().is_err_and(|error| !is_open(error)) {
         return done;
     }
     if let Some(claim) = state.claims.get_mut(offset) {
@@ -564,7 +637,7 @@ fn hide(state: &mut State, offset: u64) -> io::Result<()> {
         let Some(&len) = claim.pieces.parts.last() else { break };
         let at = offset + claim.pieces.file() - len;
         let done = unmap(state, at, len);
-        if done.as_ref().is_err_and(|error| !is_interrupted(error)) {
+        if done.as_ref().is_err_and(|error| !is_open(error)) {
             return done;
         }
         if let Some(claim) = state.claims.get_mut(offset) {

@@ -110,6 +110,44 @@ impl Tails {
         Ok(slot)
     }
 
+    /// Number of `slot` and what it shows.
+    #[must_use]
+    pub fn saved(&self, slot: TailSlot) -> Option<(u64, Range<u64>)> {
+        self.slots.get(&slot.0).map(|tail| (slot.0, tail.range.clone()))
+    }
+
+    /// Goes on with the memory file of another process; its pages come next.
+    ///
+    /// # Errors
+    /// It cannot be examined.
+    pub fn go_on_in(&mut self, memory: OwnedFd) -> io::Result<()> {
+        let size = u64::try_from(rustix::fs::fstat(&memory)?.st_size).unwrap_or(0);
+        self.capacity = size / (2 * PAGE);
+        self.memory = Arc::new(memory);
+        self.slots.clear();
+        Ok(())
+    }
+
+    /// Puts a user of slot `number` back.
+    ///
+    /// # Errors
+    /// The memory file has no such slot, or it shows something else.
+    pub fn restore(&mut self, number: u64, inode: u64, range: Range<u64>) -> io::Result<TailSlot> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+        let fits =
+            range.start.is_multiple_of(PAGE) && range.end.checked_sub(range.start) <= Some(PAGE);
+        if number >= self.capacity || !fits {
+            return Err(invalid());
+        }
+        let fresh = Tail { inode, range: range.clone(), users: 0 };
+        let tail = self.slots.entry(number).or_insert(fresh);
+        if tail.inode != inode || tail.range != range {
+            return Err(invalid());
+        }
+        tail.users += 1;
+        Ok(TailSlot(number))
+    }
+
     /// Whether `slot` shows `range` of `inode`.
     #[must_use]
     pub fn shows(&self, slot: TailSlot, inode: u64, range: &Range<u64>) -> bool {

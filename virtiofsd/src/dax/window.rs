@@ -20,6 +20,11 @@ pub fn take_interrupted() -> bool {
     INTERRUPTED.with(|flag| flag.replace(false))
 }
 
+/// Whether the request that this thread works on found the rings being stopped.
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.with(Cell::get)
+}
+
 /// The shared memory region of the window. Virtio 1.3, 5.11.5.
 const SHMID_WINDOW: u8 = 0;
 /// SHMEM_MAP: the guest may write.
@@ -48,6 +53,8 @@ fn errno(error: &ChannelError) -> io::Error {
             tracing::warn!(%error, "the VMM refused a mapping");
             io::Error::from_raw_os_error(libc::EIO)
         }
+        // The channel has said so, once.
+        ChannelError::Silent => io::Error::from_raw_os_error(libc::ETIMEDOUT),
         ChannelError::NotNegotiated(_) => io::Error::from_raw_os_error(libc::EOPNOTSUPP),
         ChannelError::Broken(_) | ChannelError::Io(_) => io::Error::from_raw_os_error(libc::EIO),
     }

@@ -361,8 +361,12 @@ impl<F: Extension> Server<F> {
         let result = transfer(call.readable, wait, &mut at.offset.clone(), |data, offset| {
             at.offset = offset;
             let result = self.fs.write_from(&ctx, &at, data, wait);
-            // Doing the whole again after a part was done would be wrong for O_APPEND: wait now.
+            // Doing the whole again after a part was done would be wrong for O_APPEND: wait now, and
+            // rather end with that part than go back into the ring.
             wait = Wait::Allowed;
+            if result.is_err() && offset != args.offset && dax::take_interrupted() {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
             result
         });
         match result {
@@ -725,7 +729,8 @@ fn transfer(
                     break;
                 }
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            // Unless it is us who are to let go of the ring.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted && !dax::is_interrupted() => {}
             Err(e) if errno(&e) == libc::EAGAIN && wait == Wait::Never => return Err(e),
             Err(_) if done > 0 => break,
             Err(e) => return Err(e),

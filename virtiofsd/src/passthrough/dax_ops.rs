@@ -2,6 +2,7 @@
 //! move the end of a mapped file or look past it. See [`crate::dax`] for why.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use fuse_backend_rs::abi::fuse_abi::SetattrValid;
@@ -37,15 +38,28 @@ impl PassthroughFs {
         self.dax.as_ref().map_or(Ok(()), Dax::start_guest)
     }
 
-    /// FUSE_ATTR_DAX for a file of this type and size.
+    /// FUSE_ATTR_DAX for the inode `id` of this type and size.
     #[inline]
-    pub(super) fn dax_flag(&self, file_type: u32, size: u64) -> u32 {
+    pub(super) fn dax_flag(&self, id: u64, file_type: u32, size: u64) -> u32 {
         match &self.dax {
-            Some(dax) if file_type == libc::S_IFREG && dax.marks(size) && dax.is_ready() => {
+            Some(dax)
+                if file_type == libc::S_IFREG
+                    && dax.marks(size)
+                    && dax.is_ready()
+                    && dax.can_open(id, || self.open_for_vmm(id, false).map(drop)) =>
+            {
                 ATTR_DAX
             }
             _ => 0,
         }
+    }
+
+    /// The file as the VMM needs it: a strict one takes nothing that is not open for writing, and so
+    /// cannot map files of read-only mounts, immutable ones, or programs that run.
+    fn open_for_vmm(&self, id: u64, write: bool) -> io::Result<OwnedFd> {
+        let strict = self.dax.as_ref().is_some_and(Dax::needs_writable);
+        let access = if write || strict { libc::O_RDWR } else { libc::O_RDONLY };
+        self.open_node(id, access | libc::O_NONBLOCK)
     }
 
     /// SETUPMAPPING. The guest names no handle; permissions were checked when it opened the file.
@@ -59,9 +73,9 @@ impl PassthroughFs {
             Some(_) => return Err(errno(libc::ENODEV)),
             None => return Err(errno(libc::ESTALE)),
         }
-        let access =
-            if request.write || dax.needs_writable() { libc::O_RDWR } else { libc::O_RDONLY };
-        let file = self.open_node(request.inode, access | libc::O_NONBLOCK)?;
+        let file = self
+            .open_for_vmm(request.inode, request.write)
+            .inspect_err(|_| dax.cannot_open(request.inode))?;
         dax.set_up(request, file)
     }
 

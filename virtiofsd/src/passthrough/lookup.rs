@@ -63,7 +63,7 @@ impl PassthroughFs {
             generation: 0,
             attr: self.guest_stat(stat),
             attr_flags: self.flags_of(id, type_of(stat))
-                | self.dax_flag(type_of(stat), stat.stx_size),
+                | self.dax_flag(id, type_of(stat), stat.stx_size),
             attr_timeout: self.timeout,
             entry_timeout: self.timeout,
         }

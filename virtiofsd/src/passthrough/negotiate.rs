@@ -28,16 +28,17 @@ impl PassthroughFs {
     pub(super) fn start_session(&self, capable: u64) -> io::Result<u64> {
         self.reset();
         self.start_dax()?;
-        let on = self.offered(capable)?;
+        let on = self.offered(capable, self.dax_ready())?;
         self.negotiated.store(on, Ordering::Relaxed);
         Ok(on)
     }
 
-    /// Which of the flags that the guest is `capable` of are switched on.
+    /// Which of the flags that the guest is `capable` of are switched on; `window`: there is one to map
+    /// files in.
     ///
     /// # Errors
     /// The guest is not capable of what the operator demands (EPROTO).
-    pub(super) fn offered(&self, capable: u64) -> io::Result<u64> {
+    pub(super) fn offered(&self, capable: u64, window: bool) -> io::Result<u64> {
         let config = &self.config;
         let mut wanted = ALWAYS;
         let mut add = |condition: bool, flags: u64| {
@@ -51,7 +52,7 @@ impl PassthroughFs {
         add(config.killpriv_v2, init::HANDLE_KILLPRIV_V2);
         add(config.posix_locks, init::POSIX_LOCKS);
         add(config.flock, init::FLOCK_LOCKS);
-        add(self.dax_ready(), init::HAS_INODE_DAX);
+        add(window, init::HAS_INODE_DAX);
         add(config.allow_mmap, init::DIRECT_IO_ALLOW_MMAP);
         let acl = init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT;
         add(demand(config.posix_acl, capable, acl, "POSIX ACLs")?, acl);

@@ -3,8 +3,8 @@
 //! # Theory of operation
 //! The guest holds node ids and file handles, so these stay what they are; what they stand for has to
 //! be found again. There are two ways to move. A *successor* on this machine inherits descriptors: open
-//! files and the files that carry locks go as they are, locks included, and inodes go as file handles
-//! without being opened. A *migration* (DEVICE_STATE) is bytes alone: the inode's path, found by the
+//! files and the files that carry locks go as they are, locks included, inodes go as file handles
+//! without being opened, and the VMM keeps what it has mapped of them (DAX). A *migration* (DEVICE_STATE) is bytes alone: the inode's path, found by the
 //! kernel or else by searching the shared directory, or its file handle where both sides see the same
 //! file system (`--migration-mode`); files are opened again with the flags they had.
 //!
@@ -16,8 +16,10 @@
 
 mod find;
 
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, bail, ensure};
@@ -27,6 +29,7 @@ use super::config::{MigrationMode, OnError};
 use super::lookup::{identity_birth, type_of};
 use super::sys::{self, RawHandle};
 use super::{PassthroughFs, dir, errno, key_of};
+use crate::dax::state::{SavedClaim, SavedWindow};
 use crate::fuse::extension::Origin;
 use crate::inode_store::restore::ListedNode;
 use crate::inode_store::{Handle, Key, NewNode, NodeFd, NodeInfo, ROOT_ID};
@@ -95,6 +98,9 @@ enum Record {
         pid: u32,
         fd: usize,
     },
+    /// The DAX window; its claims come after it.
+    Window(SavedWindow),
+    Claim(SavedClaim),
     /// The last.
     End,
 }
@@ -145,6 +151,8 @@ impl Came {
 /// What is being put together from records.
 #[derive(Default)]
 struct Loading {
+    /// Files that the VMM has mapped, by the number of their descriptor.
+    mapped: HashMap<usize, Arc<OwnedFd>>,
     files: Vec<(u64, super::data::OpenFile)>,
     dirs: Vec<(u64, dir::OpenDir)>,
 }
@@ -156,14 +164,15 @@ fn put(to: &mut dyn Write, record: &Record) -> anyhow::Result<()> {
 }
 
 impl PassthroughFs {
-    /// Whether a session can be saved at all.
-    pub(super) fn is_savable(&self) -> bool {
+    /// Whether a session can be saved for another machine.
+    pub(super) fn can_migrate(&self) -> bool {
         // Mappings of the guest's window are the VMM's, and cannot be made to move with it.
         self.dax.is_none()
     }
 
     /// Writes the session to `to`, for another machine or a VMM's file.
     pub(super) fn save_bytes(&self, to: &mut dyn Write) -> anyhow::Result<()> {
+        ensure!(self.can_migrate(), "files that are mapped with DAX cannot be moved");
         ensure!(
             self.locks.list().is_empty() && !self.files.list().iter().any(|(_, f)| f.is_flocked()),
             "the guest holds locks on the host; these cannot move with it"
@@ -181,7 +190,6 @@ impl PassthroughFs {
     }
 
     fn save_to(&self, to: &mut dyn Write, whom: &mut To<'_>) -> anyhow::Result<()> {
-        ensure!(self.is_savable(), "files that are mapped with DAX cannot be moved");
         let root = self.inodes.root_info().key;
         let flags = self.negotiated.load(Ordering::Relaxed);
         put(
@@ -218,7 +226,39 @@ impl PassthroughFs {
                 put(to, &Record::Lock { node, owner, pid, fd })?;
             }
         }
+        self.save_window(to, whom)?;
         put(to, &Record::End)
+    }
+
+    fn save_window(&self, to: &mut dyn Write, whom: &mut To<'_>) -> anyhow::Result<()> {
+        let Some(dax) = &self.dax else { return Ok(()) };
+        let (window, claims) =
+            dax.save(|fd| whom.add(fd)?.context("mapped files go to a successor"))?;
+        put(to, &Record::Window(window))?;
+        claims.into_iter().try_for_each(|claim| put(to, &Record::Claim(claim)))
+    }
+
+    /// Puts the window or a claim of it back.
+    fn load_window(
+        &self,
+        record: Record,
+        came: &mut Came,
+        mapped: &mut HashMap<usize, Arc<OwnedFd>>,
+    ) -> anyhow::Result<()> {
+        let dax = self.dax.as_ref();
+        let dax = dax.context("the guest uses DAX: the successor needs the same --dax options")?;
+        match record {
+            Record::Window(window) => dax.load(window, |fd| came.take(fd)),
+            Record::Claim(claim) => {
+                let file = match mapped.get(&claim.file()) {
+                    Some(file) => file.clone(),
+                    None => Arc::new(came.take(claim.file())?),
+                };
+                mapped.insert(claim.file(), file.clone());
+                dax.load_claim(claim, file)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The handle of a node, known or asked for.
@@ -298,7 +338,9 @@ impl PassthroughFs {
             bail!("the saved state does not begin as one does");
         };
         ensure!(version == VERSION, "the saved state has version {version}, not {VERSION}");
-        let unknown = flags & !self.offered(flags)?;
+        // A predecessor's window comes back with the session, which is resumed after this.
+        let window = came.trusted && self.dax.is_some();
+        let unknown = flags & !self.offered(flags, window)?;
         ensure!(
             unknown == 0,
             "the guest uses what this daemon does not offer (FUSE flags {unknown:#x}): start it with the \
@@ -328,6 +370,9 @@ impl PassthroughFs {
                         self.mounts.release(mount);
                         bail!("inode {id:#x} is there twice, or can be none");
                     }
+                }
+                record @ (Record::Window(_) | Record::Claim(_)) => {
+                    self.load_window(record, &mut came, &mut loading.mapped)?;
                 }
                 record => self.load_open(record, &mut came, &mut loading)?,
             }

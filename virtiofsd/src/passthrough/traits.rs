@@ -360,7 +360,7 @@ impl Extension for PassthroughFs {
     }
 
     fn can_save(&self) -> bool {
-        self.is_savable()
+        self.can_migrate()
     }
 
     fn save(&self, to: &mut dyn Write) -> anyhow::Result<()> {
@@ -419,7 +419,7 @@ impl Extension for PassthroughFs {
     fn attr_flags(&self, inode: u64, attr: &stat64) -> u32 {
         let file_type = attr.st_mode & libc::S_IFMT;
         self.flags_of(inode, file_type)
-            | self.dax_flag(file_type, u64::try_from(attr.st_size).unwrap_or(0))
+            | self.dax_flag(inode, file_type, u64::try_from(attr.st_size).unwrap_or(0))
     }
 
     fn forget_each(&self, _ctx: &Context, requests: &mut dyn Iterator<Item = (u64, u64)>) {

@@ -4,7 +4,6 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::time::Instant;
 
 use epoll::Events;
 use outboard_common::worker::Context;
@@ -39,7 +38,7 @@ impl Mux {
             self.counters.refused.add(1);
             return;
         }
-        let deadline = Instant::now() + GREETING_TIMEOUT;
+        let deadline = cx.now() + GREETING_TIMEOUT;
         let client = Client { stream, socket_type, passes: false, is_watched: false, deadline };
         let at = self.insert(State::Client(Box::new(client)));
         // Most have said it already, and are watched as connections from then on.
@@ -70,7 +69,7 @@ impl Mux {
         let Some(local) = self.free_port(port) else { return };
         let key = Key { cid: Cid::HOST, port: local, guest_port: port };
         let connection = Connection::requesting(SocketType::Stream, self.config.tx_buffer_size);
-        let at = self.add_live(key, connection, OnAccept::Silence);
+        let at = self.add_live(key, connection, OnAccept::Silence, cx);
         if !self.attach(at, HostStream::vsock(stream, SocketType::Stream), false, cx) {
             self.refuse(at);
         }
@@ -99,7 +98,7 @@ impl Mux {
         let buf_alloc = self.config.tx_buffer_size;
         prepare(&call.stream, call.socket_type, buf_alloc);
         let connection = Connection::requesting(call.socket_type, buf_alloc);
-        let at = self.add_live(key, connection, OnAccept::Byte);
+        let at = self.add_live(key, connection, OnAccept::Byte, cx);
         let stream = HostStream::sibling(call.stream, call.socket_type);
         if !self.attach(at, stream, false, cx) {
             self.refuse(at);
@@ -204,7 +203,7 @@ impl Mux {
         };
         let connection = Connection::requesting(socket_type, self.config.tx_buffer_size);
         let key = Key { cid: Cid::HOST, port: local, guest_port: port };
-        self.make_live(at, key, connection, on_accept);
+        self.make_live(at, key, connection, on_accept, cx);
         // A file that was passed cannot be watched, and is always ready.
         self.attach(at, stream, is_watched, cx);
         if let Some(live) = self.live(at) {

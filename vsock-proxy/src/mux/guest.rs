@@ -172,7 +172,7 @@ impl Mux {
             return self.answer_stray(header);
         };
         let connection = Connection::dialing(socket_type, header, self.config.tx_buffer_size);
-        let at = self.add_live(key_of(header), connection, OnAccept::Silence);
+        let at = self.add_live(key_of(header), connection, OnAccept::Silence, cx);
         if header.dst_cid == Cid::HOST {
             self.dial(at, cx);
         } else {
@@ -209,7 +209,7 @@ impl Mux {
             }
             Dial::Busy => {
                 live.side = Side::Busy;
-                let again = std::time::Instant::now() + DIAL_INTERVAL;
+                let again = cx.now() + DIAL_INTERVAL;
                 self.timers.add(again, token);
             }
             Dial::Refused(error) => {

@@ -47,11 +47,6 @@ impl Inflight {
     /// The part of vring `index`, or none when the file was made for fewer or smaller rings.
     pub(super) fn region_of(&self, index: u16, size: u16, features: u64) -> Option<InflightRegion> {
         if index >= self.body.num_queues || size > self.body.queue_size {
-            tracing::warn!(
-                index,
-                size,
-                "the inflight file has no room for this vring; requests in flight are not recorded"
-            );
             return None;
         }
         // Every queue's part is sized for the largest ring, so that parts do not move.

@@ -51,6 +51,9 @@ pub struct SavedSession {
     /// Offset, size, descriptor.
     log: Option<(u64, u64, FdIndex)>,
     channel: Option<(ChannelFeatures, FdIndex)>,
+    /// Answers on the channel that nobody waits for any more.
+    #[serde(default)]
+    late_answers: u32,
     connection: FdIndex,
 }
 
@@ -73,14 +76,14 @@ impl Fds {
 
 impl Session {
     /// Stops all rings and turns the session into data and descriptors. The front end notices nothing
-    /// but a pause, as long as somebody resumes it.
+    /// but a pause, as long as somebody resumes it. The device keeps what it knows of the guest, its
+    /// channel included, so that it can be saved next.
     ///
     /// # Errors
     /// The process is out of descriptors.
     pub fn save(mut self) -> anyhow::Result<(SavedSession, Vec<OwnedFd>)> {
         self.stop_all();
         self.pool.shut_down();
-        self.device.set_channel(None);
         let mut fds = Fds::default();
         let mut vrings = Vec::new();
         for v in &self.vrings {
@@ -135,6 +138,7 @@ impl Session {
             inflight,
             log,
             channel,
+            late_answers: self.channel.as_ref().map_or(0, |c| c.late_answers()),
             connection: fds.add(&self.connection)?,
         };
         Ok((saved, fds.0))
@@ -198,6 +202,7 @@ impl Session {
         }
         if let Some((features, fd)) = saved.channel {
             let channel = Arc::new(BackendChannel::new(get(fd)?, features)?);
+            channel.expect_late(saved.late_answers);
             session.channel = Some(channel.clone());
             session.device.set_channel(Some(channel));
         }

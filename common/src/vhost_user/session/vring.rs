@@ -257,6 +257,8 @@ impl Session {
 
     fn start(&mut self, index: u16, features: u64, addresses: VringAddresses) {
         let vring = &self.vrings[usize::from(index)];
+        let record = self.inflight.as_ref().map(|i| i.region_of(index, vring.size, features));
+        let has_no_room = matches!(record, Some(None));
         let setup = QueueSetup {
             index,
             size: vring.size,
@@ -266,7 +268,7 @@ impl Session {
             kick: vring.kick.fd(),
             call: self.call_of(u32::from(index)),
             err: vring.err.clone(),
-            inflight: self.inflight.as_ref().and_then(|i| i.region_of(index, vring.size, features)),
+            inflight: record.flatten(),
             memory: self.memory.clone(),
             metrics: self.metrics.get(usize::from(index)).cloned().unwrap_or_default(),
         };
@@ -281,6 +283,12 @@ impl Session {
         match self.pool.start(&self.device, queue) {
             Ok(()) => {
                 tracing::debug!(index, "vring started");
+                if has_no_room {
+                    tracing::warn!(
+                        index,
+                        "the inflight file has no room for this vring; its requests in flight are not recorded"
+                    );
+                }
                 self.vrings[usize::from(index)].running = true;
             }
             Err(error) => {
