@@ -106,22 +106,6 @@ fn a_lock_of_another_guest_is_had_as_soon_as_it_is_free() {
     }
 }
 
-#[test]
-fn the_first_to_ask_is_the_first_to_have_it() {
-    let dir = shared_file();
-    let mut guest = Guest::new(dir.path(), "s", 8, &[]);
-    assert_eq!(guest.set(1, WRITE_LOCK, 0), 0);
-    for slot in 1..6 {
-        guest.wait_for(slot, 10 + slot as u64, WRITE_LOCK, 0);
-        std::thread::sleep(Duration::from_millis(30));
-    }
-    assert_eq!(guest.set(1, UNLOCK, 0), 0);
-    for slot in 1..6 {
-        assert_eq!(guest.answer(), (slot, 0));
-        assert_eq!(guest.set(10 + slot as u64, UNLOCK, 0), 0);
-    }
-}
-
 /// With threads for some of them, and with none at all.
 #[test]
 fn many_waits_cost_few_threads_and_all_get_their_lock() {

@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //! A lock that is taken is waited for by a thread in a system call, which the host's kernel ends when the
-//! lock is granted, in the order of asking. Nothing else ends it but a signal, and a signal that comes just
+//! lock is granted. Nothing else ends it but a signal, and a signal that comes just
 //! before the call is lost. So a thread says that it goes to wait ([`LockWaits::block`]) under the lock
 //! under which INTERRUPT looks at it; whoever interrupts sends the signal again and again until the
 //! thread has said that it is back. The signal's handler does nothing.

@@ -7,7 +7,7 @@
 //! its own, and closing that drops them all. A BSD lock belongs to an open file of the guest, which is
 //! one of ours already.
 //!
-//! The host's kernel waits for a lock, in the order of asking; a signal ends the wait. Deadlocks among
+//! The host's kernel waits for a lock; a signal ends the wait. Deadlocks among
 //! the guest's own processes are found here ([`lock_table`](super::lock_table)).
 
 use std::collections::HashMap;
