@@ -462,6 +462,21 @@ fn device_state_moves_through_a_pipe() {
 }
 
 #[test]
+fn a_state_that_never_ends_keeps_no_daemon() {
+    let mut disk = Disk::memory();
+    let mut front_end = disk.connect();
+    front_end.negotiate(u64::MAX, u64::MAX).unwrap();
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    front_end.set_device_state_fd(false, read.as_fd()).unwrap();
+    assert!(front_end.set_device_state_fd(false, read.as_fd()).is_err(), "one at a time");
+    let asks = std::thread::spawn(move || front_end.check_device_state().unwrap_or(false));
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(disk.daemon.terminate(Duration::from_secs(5)).unwrap().success());
+    assert!(!asks.join().unwrap(), "half a state is none");
+    drop(write);
+}
+
+#[test]
 fn a_daemon_in_client_mode_dials_again_and_again() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vmm.sock");

@@ -68,6 +68,11 @@ impl Connection {
         self.interrupt = interrupt;
     }
 
+    /// A second descriptor of what interrupts waiting, if anything does.
+    pub fn interrupt(&self) -> Option<EventFd> {
+        self.interrupt.as_ref().and_then(|fd| fd.try_clone().ok())
+    }
+
     /// Gives up on a front end that neither takes nor sends anything for `patience`, when that is waited
     /// for; what was sent or received by then is lost, and so is the connection.
     pub fn set_patience(&mut self, patience: Duration) {

@@ -1,10 +1,12 @@
 //! What lets a guest or a daemon move on: the dirty log, the inflight file, device state.
 
 use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::MemfdFlags;
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use vm_memory::{FileOffset, MmapRegion};
@@ -15,6 +17,7 @@ use super::{DirtyLog, F_LOG_ALL, MemoryError, Reply, RequestError, Session};
 use crate::device::Device;
 use crate::ring::InflightRegion;
 use crate::ring::inflight::region_size;
+use crate::sys::EventFd;
 
 /// The inflight file that the front end keeps for us.
 #[derive(Debug)]
@@ -148,10 +151,14 @@ impl Session {
                 "device state can only move while all rings are stopped".to_owned(),
             ));
         }
+        if self.transfer.as_ref().is_some_and(|t| !t.thread.is_finished()) {
+            return Err(RequestError::Refused("another device state is still moving".to_owned()));
+        }
+        let pipe = Pipe { file: File::from(fd), shutdown: self.connection.interrupt() };
         let device = self.device.clone();
         let thread = std::thread::Builder::new()
             .name("device-state".to_owned())
-            .spawn(move || if direction == 0 { save(&*device, fd) } else { load(&*device, fd) })
+            .spawn(move || if direction == 0 { save(&*device, pipe) } else { load(&*device, pipe) })
             .map_err(|e| RequestError::Refused(e.to_string()))?;
         self.transfer = Some(StateTransfer { thread });
         Ok(Reply::Number(0x100))
@@ -174,22 +181,66 @@ impl Session {
     }
 }
 
-fn save(device: &dyn Device, fd: OwnedFd) -> anyhow::Result<()> {
-    let mut to = std::io::BufWriter::new(File::from(fd));
+/// The front end's end of a state's pipe. A front end that neither reads nor writes nor closes it must not
+/// keep a daemon that is told to leave.
+struct Pipe {
+    file: File,
+    shutdown: Option<EventFd>,
+}
+
+impl Pipe {
+    /// Waits until the pipe is ready for `what`; an error when the session is to end before.
+    fn wait(&self, what: PollFlags) -> io::Result<()> {
+        loop {
+            let mut fds = vec![PollFd::new(&self.file, what)];
+            fds.extend(self.shutdown.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+            match poll(&mut fds, None) {
+                Ok(_) if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) => {
+                    return Err(io::Error::other("the daemon is told to leave"));
+                }
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+impl Read for Pipe {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.wait(PollFlags::IN)?;
+        self.file.read(out)
+    }
+}
+
+impl Write for Pipe {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.wait(PollFlags::OUT)?;
+        // A pipe that is ready takes this much without waiting; see pipe(7).
+        self.file.write(bytes.get(..libc::PIPE_BUF).unwrap_or(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn save(device: &dyn Device, pipe: Pipe) -> anyhow::Result<()> {
+    let mut to = io::BufWriter::new(pipe);
     device.save(&mut to)?;
-    std::io::Write::flush(&mut to)?;
+    to.flush()?;
     Ok(())
 }
 
-fn load(device: &dyn Device, fd: OwnedFd) -> anyhow::Result<()> {
-    let mut from = std::io::BufReader::new(File::from(fd));
+fn load(device: &dyn Device, pipe: Pipe) -> anyhow::Result<()> {
+    let mut from = io::BufReader::new(pipe);
     device.load(&mut from)?;
     // The sender closes its end when all is through; what is left over is for a later version.
-    std::io::copy(&mut from, &mut std::io::sink())?;
+    io::copy(&mut from, &mut io::sink())?;
     Ok(())
 }
 
 /// A second descriptor of `file`.
-pub(super) fn duplicate(file: &File) -> std::io::Result<OwnedFd> {
+pub(super) fn duplicate(file: &File) -> io::Result<OwnedFd> {
     file.as_fd().try_clone_to_owned()
 }
