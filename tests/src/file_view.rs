@@ -2,7 +2,7 @@
 //!
 //! A guest that touches a page behind the end of the file takes its VMM down (SIGBUS). Here the same
 //! access is an error: it goes through `/proc/self/mem`, where the kernel does the faulting.
-#![allow(unsafe_code, reason = "maps parts of files")]
+#![allow(unsafe_code, reason = "maps parts of files and unmaps them")]
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;

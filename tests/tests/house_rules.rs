@@ -175,8 +175,12 @@ fn the_specifications_are_shown_by_tests_that_exist() {
         let is_name = |word: &&str| word.chars().all(|c| c.is_ascii_lowercase() || c == '_');
         for name in shown_by.split('`').skip(1).step_by(2).filter(is_name) {
             named += 1;
-            let (file, function) = (format!("{name}.rs"), format!("fn {name}("));
-            if !code.iter().any(|(path, text)| path.ends_with(&file) || text.contains(&function)) {
+            let files = [format!("{name}.rs"), format!("{name}/main.rs")];
+            let function = format!("fn {name}(");
+            let shows = |(path, text): &(PathBuf, String)| {
+                files.iter().any(|file| path.ends_with(file)) || text.contains(&function)
+            };
+            if !code.iter().any(shows) {
                 broken.push(format!("docs/specification.md: there is no test {name}"));
             }
         }

@@ -219,6 +219,11 @@ impl Queue {
             self.in_flight += 1;
             match outcome {
                 Ok(_) => return true,
+                Err(_) if self.memory.get().is_interrupted() => {
+                    // It is read again when the ring goes on.
+                    self.unpop(chain);
+                    return false;
+                }
                 Err(e) => self.reject(chain, e),
             }
         }

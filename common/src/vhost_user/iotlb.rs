@@ -11,6 +11,7 @@
 //! vhost-user specification, "IOMMU support".
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::backend_channel::BackendChannel;
 
-/// How long a worker waits for a missing piece before it gives the chain up.
-const MISS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a worker waits for a missing piece before it gives the chain up. A driver may take a chain that
+/// comes back unused for a finished one, so a front end that is merely busy must not get there.
+const MISS_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a waiting worker looks whether its ring is being stopped.
 const MISS_SLICE: Duration = Duration::from_millis(5);
 /// Pieces kept at the most; a front end that sends more loses the oldest addresses first.
@@ -65,6 +67,8 @@ struct Entry {
 pub struct Iotlb {
     entries: Mutex<BTreeMap<u64, Entry>>,
     changed: Condvar,
+    /// Invalidations so far; changed with `entries` locked.
+    invalidations: AtomicU64,
     channel: Mutex<Option<Arc<BackendChannel>>>,
 }
 
@@ -98,6 +102,8 @@ impl Iotlb {
             }
             TYPE_INVALIDATE => {
                 remove_overlapping(&mut entries, body.iova, end);
+                self.invalidations.fetch_add(1, Ordering::Relaxed);
+                self.changed.notify_all();
                 true
             }
             _ => false,
@@ -118,10 +124,16 @@ impl Iotlb {
         if let Some(found) = find(&entries, iova, perm) {
             return Some(found);
         }
-        let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
-        channel.iotlb_miss(iova, perm).ok()?;
+        let channel = self.channel()?;
         let deadline = Instant::now() + MISS_TIMEOUT;
+        let mut asked_at = None;
         while Instant::now() < deadline && !channel.is_interrupted() {
+            // The answer may have come and been invalidated, with all else, before this thread woke up.
+            let now = Some(self.invalidations.load(Ordering::Relaxed));
+            if asked_at != now {
+                channel.iotlb_miss(iova, perm).ok()?;
+                asked_at = now;
+            }
             entries = self
                 .changed
                 .wait_timeout(entries, MISS_SLICE)
@@ -134,10 +146,20 @@ impl Iotlb {
         None
     }
 
+    fn channel(&self) -> Option<Arc<BackendChannel>> {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether nothing can be asked for because the rings are being stopped: what is missing is no fault
+    /// of the driver's.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        self.channel().is_some_and(|channel| channel.is_interrupted())
+    }
+
     /// Asks for `iova` without waiting: for the session's own thread, which receives the answer.
     pub fn request(&self, iova: u64, perm: u8) {
-        let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(Err(error)) = channel.map(|c| c.iotlb_miss(iova, perm)) {
+        if let Some(Err(error)) = self.channel().map(|c| c.iotlb_miss(iova, perm)) {
             tracing::debug!(%error, "an IOTLB miss could not be sent");
         }
     }

@@ -328,6 +328,11 @@ impl GuestMemory {
         true
     }
 
+    /// Whether addresses cannot be translated at present because the rings are being stopped.
+    pub(crate) fn is_interrupted(&self) -> bool {
+        self.iotlb.as_ref().is_some_and(|iotlb| iotlb.is_interrupted())
+    }
+
     /// Where the `len` bytes of a ring's area are that SET_VRING_ADDR gave as `addr`: an address of the
     /// front end's own, or an I/O virtual one. Asks for a translation that is missing, but does
     /// not wait for it.
