@@ -258,6 +258,27 @@ pub(crate) fn show(title: &str, text: &str) {
     let _ = write!(std::io::stderr(), "---- {title}\n{text}\n----\n");
 }
 
+/// Copies a program that a test then runs. Another process writes the copy: were it this one, a process that
+/// another test of ours starts meanwhile would have it open for a moment too, and the kernel runs nothing
+/// that is open for writing (`ETXTBSY`). With `len`, zeroes behind its end make it so many bytes long.
+///
+/// # Errors
+/// When it cannot be copied.
+pub fn copy_program(from: &Path, to: &Path, len: Option<u64>) -> Result<()> {
+    let mut commands = vec![Command::new("cp")];
+    commands[0].arg(from).arg(to);
+    if let Some(len) = len {
+        let mut truncate = Command::new("truncate");
+        truncate.arg(format!("--size={len}")).arg(to);
+        commands.push(truncate);
+    }
+    for mut command in commands {
+        let status = command.status()?;
+        anyhow::ensure!(status.success(), "{command:?}: {status}");
+    }
+    Ok(())
+}
+
 /// The path of the workspace's binary `name`: from `$OUTBOARD_BIN_DIR`, else built here with the
 /// profile of the running test and up to date.
 ///
