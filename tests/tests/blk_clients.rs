@@ -1,4 +1,5 @@
-//! Clients from outside on vhost-user-blk: QEMU's own tools over its virtio-blk-vhost-user driver.
+//! Clients from outside on vhost-user-blk: QEMU's own tools over its virtio-blk-vhost-user driver, and fio
+//! with libblkio, both of which check what they read.
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
@@ -6,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use testkit::daemon::Daemon;
+use testkit::skip::skip;
 use testkit::toolroot::ToolRoot;
 
 fn image_options(socket: &Path) -> String {
@@ -79,6 +81,63 @@ fn qemu_img_measures_and_copies() {
         let target = format!("driver=raw,file.driver=file,file.filename={copy_name}");
         run(root, "qemu-img", &[&convert[..], &["--target-image-opts", &target]].concat());
         assert!(fs::read(&copy).unwrap() == bytes);
+    }
+}
+
+/// fio writes random blocks of mixed sizes, each with a checksum and its place in it, and reads them back,
+/// some while others are still being written.
+#[test]
+fn fio_verifies_what_it_wrote() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let mut commands = Vec::new();
+    for _ in 0..3 {
+        match root.fio_with_libblkio() {
+            Ok(command) => commands.push(command),
+            Err(error) => return skip(&format!("no fio with libblkio: {error:#}")),
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let runs = [
+        // Many at once through io_uring and O_DIRECT; the queue sleeps.
+        (&[][..], &["--iodepth=32", "--libblkio_wait_mode=block", "--verify=crc32c"][..]),
+        // The page cache, two queues, polling daemon and client.
+        (
+            &["--buffered", "--poll-us=50"][..],
+            &[
+                "--iodepth=8",
+                "--libblkio_queue_size=64",
+                "--libblkio_wait_mode=loop",
+                "--verify=md5",
+            ],
+        ),
+        // Durable writes, and checks soon after the writes.
+        (
+            &["--write-cache=off"][..],
+            &[
+                "--iodepth=16",
+                "--libblkio_wait_mode=block",
+                "--verify=xxhash",
+                "--verify_backlog=64",
+            ],
+        ),
+    ];
+    for (mut fio, (ours, theirs)) in commands.into_iter().zip(runs) {
+        let image = dir.path().join("disk.img");
+        fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
+        let mut arguments = vec![format!("--blk-file={}", image.display())];
+        arguments.extend(ours.iter().map(|a| (*a).to_owned()));
+        let daemon = Daemon::start("vhost-user-blk", &dir.path().join("s"), &arguments).unwrap();
+        fio.args(["--name=job", "--ioengine=libblkio", "--thread", "--rw=randwrite", "--size=32M"])
+            .args(["--libblkio_driver=virtio-blk-vhost-user", "--bsrange=4k-128k", "--do_verify=1"])
+            .args(["--verify_fatal=1", "--verify_dump=0", "--randseed=7"])
+            .arg(format!("--libblkio_path={}", daemon.socket().display()))
+            .args(theirs)
+            .current_dir(dir.path());
+        let output = fio.output().unwrap();
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success(), "{theirs:?}: {text}");
+        assert!(text.contains("err= 0"), "{theirs:?}: {text}");
+        assert!(fs::read(&image).unwrap().iter().any(|&byte| byte != 0), "nothing was written");
     }
 }
 
