@@ -11,7 +11,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+
+use crate::driver::wait_readable;
 
 /// How long a daemon may take until it listens; start-up is milliseconds, the rest is a slow machine.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -228,13 +230,10 @@ impl Daemon {
     /// When it does not within `timeout`.
     pub fn terminate(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let pid = Pid::from_child(&self.child);
+        let end = pidfd_open(pid, PidfdFlags::empty())?;
         rustix::process::kill_process(pid, Signal::TERM)?;
-        let deadline = Instant::now() + timeout;
-        while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status);
-            }
-            sleep(POLL);
+        if wait_readable(&end, timeout)? {
+            return Ok(self.child.wait()?);
         }
         bail!("{} did not end within {timeout:?} of SIGTERM; its log:\n{}", self.name, self.log())
     }
