@@ -22,6 +22,10 @@
 //! the worker wakes once for many of them. Kicks are asked for, and the ring looked at a last time, as soon as
 //! a rest was in vain. This too is done only while it pays.
 //!
+//! A handler whose next work may as well come from its descriptors has the loop look at all of them
+//! ([`QueueHandler::linger_over_all`]): rings that were emptied stay muted meanwhile, and the driver is asked
+//! for kicks only when the loop goes to sleep.
+//!
 //! With busy-polling on, an idle loop spins over `has_available` and a non-blocking `epoll_wait` for
 //! as long as recent spins found work, at most the set time, before it sleeps.
 
@@ -199,6 +203,13 @@ pub trait QueueHandler: Send {
         Duration::ZERO
     }
 
+    /// How long at most all queues and descriptors are looked at before the loop sleeps this time, if that
+    /// was worth it lately. `None`: this handler never wants it; the answer does not change.
+    fn linger_over_all(&mut self, cx: &mut Context) -> Option<Duration> {
+        let _ = cx;
+        None
+    }
+
     /// Something happened on a watched descriptor. The loop publishes all queues afterwards.
     fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
         let _ = (token, events, cx);
@@ -223,10 +234,18 @@ pub struct EventLoop<H> {
     spin: Duration,
     linger: Habit,
     rests: Rests,
+    /// Whether the handler wants [`QueueHandler::linger_over_all`].
+    is_patient: bool,
+    /// With patience: queues that are emptied, and whose driver is asked to kick only before sleeping.
+    emptied: Vec<u16>,
+    /// Turns of queues since descriptors were last asked.
+    row: u8,
 }
 
 /// Events taken from the kernel at once.
 const EVENT_BATCH: usize = 64;
+/// Looks at the rings for one at the descriptors, which is a system call.
+const LOOKS: u8 = 8;
 
 impl<H: QueueHandler> EventLoop<H> {
     /// A loop around `handler`.
@@ -250,6 +269,9 @@ impl<H: QueueHandler> EventLoop<H> {
             spin: Duration::ZERO,
             linger: Habit::default(),
             rests: Rests::default(),
+            is_patient: false,
+            emptied: Vec::new(),
+            row: 0,
         })
     }
 
@@ -268,6 +290,7 @@ impl<H: QueueHandler> EventLoop<H> {
             tracing::error!(%error, "a worker cannot start; its queues stay unserved");
         }
         self.spin = control.options.poll;
+        self.is_patient = self.handler.linger_over_all(&mut self.cx).is_some();
         let mut events = [Event::new(Events::empty(), 0); EVENT_BATCH];
         loop {
             let n = match self.wait(&mut events, control.options.poll) {
@@ -350,6 +373,12 @@ impl<H: QueueHandler> EventLoop<H> {
             match progress {
                 Progress::Waiting => return,
                 Progress::More => break,
+                Progress::Emptied if self.is_patient => {
+                    if !self.emptied.contains(&index) {
+                        self.emptied.push(index);
+                    }
+                    return;
+                }
                 Progress::Emptied => {}
             }
             let (now, rest) = (self.cx.now.get(), self.handler.rest(index));
@@ -387,6 +416,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 self.watch_kick(index, None);
                 self.cx.again.retain(|&i| i != index);
                 self.rests.forget(index);
+                self.emptied.retain(|&i| i != index);
                 // The session gave up waiting only if it is gone.
                 let _ = reply.send(self.cx.queues.take(index));
             }
@@ -454,7 +484,11 @@ impl<H: QueueHandler> EventLoop<H> {
             self.poll_kickless();
             return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
         }
-        if !poll.is_zero()
+        if self.is_patient {
+            if let Some(n) = self.look_around(events, poll)? {
+                return Ok(n);
+            }
+        } else if !poll.is_zero()
             && let Some(n) = self.spin(events, poll)?
         {
             return Ok(n);
@@ -469,6 +503,71 @@ impl<H: QueueHandler> EventLoop<H> {
             (Some(timer), Some(rest)) => Some(timer.min(rest)),
             (timer, rest) => timer.or(rest),
         }
+    }
+
+    /// Looks at everything for as long as is worth it (or `poll`, if that is longer), and unmutes what it
+    /// looked at. `None`: nothing came, go to sleep.
+    fn look_around(&mut self, events: &mut [Event], poll: Duration) -> io::Result<Option<usize>> {
+        let patience = self.handler.linger_over_all(&mut self.cx).unwrap_or_default().max(poll);
+        if !poll.is_zero() || (!patience.is_zero() && self.linger.chance()) {
+            let found = self.look_for_work(events, patience)?;
+            self.linger.learn(found.is_some());
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        let Self { cx, emptied, .. } = self;
+        for &index in &*emptied {
+            if cx.queues.get(index).is_some_and(Queue::enable_notifications) {
+                cx.ask(index);
+            }
+        }
+        if cx.again.is_empty() {
+            return Ok(None);
+        }
+        wait_for(cx.epoll, Some(Duration::ZERO), events).map(Some)
+    }
+
+    /// The looking itself; rings first, since that costs next to nothing.
+    fn look_for_work(
+        &mut self,
+        events: &mut [Event],
+        patience: Duration,
+    ) -> io::Result<Option<usize>> {
+        let start = Instant::now();
+        let deadline = self.deadline();
+        for &index in &self.emptied {
+            if let Some(queue) = self.cx.queues.get(index) {
+                queue.disable_notifications();
+            }
+        }
+        loop {
+            for _ in 0..LOOKS {
+                if let Some(index) = self.emptied_with_work() {
+                    self.cx.ask(index);
+                    self.row += 1;
+                    if self.row < Habit::ROW {
+                        return Ok(Some(0));
+                    }
+                    break;
+                }
+                std::hint::spin_loop();
+            }
+            self.row = 0;
+            let n = wait_for(self.cx.epoll, Some(Duration::ZERO), events)?;
+            if n > 0 || !self.cx.again.is_empty() {
+                return Ok(Some(n));
+            }
+            let now = Instant::now();
+            if now - start >= patience || deadline.is_some_and(|d| d <= now) {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn emptied_with_work(&mut self) -> Option<u16> {
+        let Self { cx, emptied, .. } = self;
+        emptied.iter().copied().find(|&i| cx.queues.get(i).is_some_and(|q| q.has_available()))
     }
 
     fn poll_kickless(&mut self) {

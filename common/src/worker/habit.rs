@@ -19,7 +19,7 @@ impl Habit {
     pub(super) const ROW: u8 = 32;
 
     /// Whether to wait this time.
-    fn chance(&mut self) -> bool {
+    pub(super) fn chance(&mut self) -> bool {
         if self.credit > 0 {
             return true;
         }
@@ -28,7 +28,7 @@ impl Habit {
     }
 
     /// Takes note of how a wait ended.
-    fn learn(&mut self, worth: bool) {
+    pub(super) fn learn(&mut self, worth: bool) {
         self.credit = match worth {
             true => (self.credit + 1).min(Self::MAX_CREDIT),
             false => self.credit.saturating_sub(1),
