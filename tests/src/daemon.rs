@@ -11,7 +11,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+
+use crate::driver::wait_readable;
 
 /// How long a daemon may take until it listens; start-up is milliseconds, the rest is a slow machine.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -228,13 +230,10 @@ impl Daemon {
     /// When it does not within `timeout`.
     pub fn terminate(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let pid = Pid::from_child(&self.child);
+        let end = pidfd_open(pid, PidfdFlags::empty())?;
         rustix::process::kill_process(pid, Signal::TERM)?;
-        let deadline = Instant::now() + timeout;
-        while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status);
-            }
-            sleep(POLL);
+        if wait_readable(&end, timeout)? {
+            return Ok(self.child.wait()?);
         }
         bail!("{} did not end within {timeout:?} of SIGTERM; its log:\n{}", self.name, self.log())
     }
@@ -256,6 +255,27 @@ impl Drop for Daemon {
 /// Shows a captured text with a failing test.
 pub(crate) fn show(title: &str, text: &str) {
     let _ = write!(std::io::stderr(), "---- {title}\n{text}\n----\n");
+}
+
+/// Copies a program that a test then runs. Another process writes the copy: were it this one, a process that
+/// another test of ours starts meanwhile would have it open for a moment too, and the kernel runs nothing
+/// that is open for writing (`ETXTBSY`). With `len`, zeroes behind its end make it so many bytes long.
+///
+/// # Errors
+/// When it cannot be copied.
+pub fn copy_program(from: &Path, to: &Path, len: Option<u64>) -> Result<()> {
+    let mut commands = vec![Command::new("cp")];
+    commands[0].arg(from).arg(to);
+    if let Some(len) = len {
+        let mut truncate = Command::new("truncate");
+        truncate.arg(format!("--size={len}")).arg(to);
+        commands.push(truncate);
+    }
+    for mut command in commands {
+        let status = command.status()?;
+        anyhow::ensure!(status.success(), "{command:?}: {status}");
+    }
+    Ok(())
 }
 
 /// The path of the workspace's binary `name`: from `$OUTBOARD_BIN_DIR`, else built here with the

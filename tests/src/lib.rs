@@ -15,6 +15,7 @@ pub mod loop_device;
 pub mod memory;
 pub mod mounted;
 pub mod netns;
+pub mod page_cache;
 pub mod pcap;
 pub mod peers;
 pub mod pod;

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::Result;
 use tempfile::TempDir;
 
-use crate::daemon::{Daemon, bin};
+use crate::daemon::{Daemon, bin, copy_program};
 use crate::fuse_bridge::{self, BridgeOptions, FuseBridge};
 use crate::skip::skip;
 
@@ -60,7 +60,7 @@ impl Mounted {
         if user.is_some() {
             // Where others may not look, they cannot run it.
             let copy = dir.path().join("virtiofsd");
-            fs::copy(&program, &copy)?;
+            copy_program(&program, &copy, None)?;
             program = copy;
             chown(dir.path(), user, user)?;
             chown(dir.path().join("shared"), user, user)?;

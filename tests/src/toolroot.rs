@@ -43,6 +43,22 @@ struct Recipe {
 const DPDK: Recipe =
     Recipe { name: "dpdk", packages: &["dpdk-dev", "busybox-static"], kept: &[], kernels: false };
 
+/// What fio is built with: Debian's own has no libblkio.
+const FIO: Recipe = Recipe {
+    name: "fio",
+    kernels: false,
+    kept: &[],
+    packages: &[
+        "gcc",
+        "make",
+        "libc6-dev",
+        "libblkio-dev",
+        "zlib1g-dev",
+        "pkgconf",
+        "busybox-static",
+    ],
+};
+
 /// Guests, VMMs, the peers and the guests' tools: everything but DPDK.
 const GUESTS: Recipe = Recipe {
     name: "guests",
@@ -126,6 +142,18 @@ impl ToolRoot {
         ROOT.get_or_init(|| build::cached(&DPDK, None).map(|path| Self { path }))
             .as_ref()
             .map_err(|error| anyhow!("{error:#}"))
+    }
+
+    /// A command that runs fio with its libblkio engine inside this root, built on first use (about a
+    /// minute).
+    ///
+    /// # Errors
+    /// When it cannot be built; see [`ToolRoot::guests`].
+    pub fn fio_with_libblkio(&self) -> Result<Command> {
+        static ROOT: OnceLock<Result<PathBuf>> = OnceLock::new();
+        let fio = ROOT.get_or_init(|| build::compiled(&FIO, "fio")).as_ref();
+        let fio = fio.map_err(|error| anyhow!("{error:#}"))?.join("usr/bin");
+        self.command_with("/built/fio", &[(&fio, "/built")])
     }
 
     /// The root for a test, or `None` after the test was counted as skipped.

@@ -1,11 +1,15 @@
-//! Clients from outside on vhost-user-blk: QEMU's own tools over its virtio-blk-vhost-user driver.
+//! Clients from outside on vhost-user-blk: QEMU's own tools over its virtio-blk-vhost-user driver, and fio
+//! with libblkio, both of which check what they read.
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 
 use testkit::daemon::Daemon;
+use testkit::skip::skip;
 use testkit::toolroot::ToolRoot;
 
 fn image_options(socket: &Path) -> String {
@@ -80,6 +84,80 @@ fn qemu_img_measures_and_copies() {
         run(root, "qemu-img", &[&convert[..], &["--target-image-opts", &target]].concat());
         assert!(fs::read(&copy).unwrap() == bytes);
     }
+}
+
+/// fio writes random blocks of mixed sizes, each with a checksum and its place in it, and reads them back,
+/// some while others are still being written.
+#[test]
+fn fio_verifies_what_it_wrote() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let fio = |daemon: &Daemon, arguments: &[&str]| {
+        let mut command = root.fio_with_libblkio().map_err(|error| {
+            skip(&format!("no fio with libblkio: {error:#}"));
+        })?;
+        command
+            .args(["--name=job", "--ioengine=libblkio", "--thread", "--rw=randwrite", "--size=16M"])
+            .args(["--libblkio_driver=virtio-blk-vhost-user", "--bsrange=4k-128k", "--do_verify=1"])
+            .args(["--verify_fatal=1", "--verify_dump=0", "--randseed=7"])
+            .arg(format!("--libblkio_path={}", daemon.socket().display()))
+            .args(arguments)
+            .current_dir(daemon.socket().parent().unwrap());
+        Ok::<_, ()>(outcome_of(command))
+    };
+    let dir = tempfile::tempdir().unwrap();
+    // Of our daemon, of fio, and of fio while it writes.
+    let runs = [
+        // Many at once through io_uring and O_DIRECT; the queue sleeps.
+        (&[][..], &["--iodepth=32", "--libblkio_wait_mode=block", "--verify=crc32c"][..], &[][..]),
+        // The page cache, two queues, polling daemon and client.
+        (
+            &["--buffered", "--poll-us=50"][..],
+            &[
+                "--iodepth=8",
+                "--libblkio_queue_size=64",
+                "--libblkio_wait_mode=loop",
+                "--verify=md5",
+            ],
+            &[],
+        ),
+        // Durable writes, and checks soon after the writes.
+        (
+            &["--write-cache=off"],
+            &["--iodepth=16", "--libblkio_wait_mode=block", "--verify=xxhash"],
+            &["--verify_backlog=64"],
+        ),
+    ];
+    for (ours, theirs, writing) in runs {
+        let image = dir.path().join("disk.img");
+        fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        let mut arguments = vec![format!("--blk-file={}", image.display())];
+        arguments.extend(ours.iter().map(|a| (*a).to_owned()));
+        let daemon = Daemon::start("vhost-user-blk", &dir.path().join("s"), &arguments).unwrap();
+        let Ok((success, text)) = fio(&daemon, &[theirs, writing].concat()) else { return };
+        assert!(success && text.contains("err= 0"), "{theirs:?}: {text}");
+        // What fio checks is what the image has: it finds a bit of it that changed.
+        let again = [theirs, &["--verify_only"]].concat();
+        let (success, text) = fio(&daemon, &again).unwrap();
+        assert!(success, "{theirs:?}, once more: {text}");
+        flip_a_bit(&image);
+        let (success, text) = fio(&daemon, &again).unwrap();
+        assert!(!success && text.contains("verify"), "{theirs:?}, with a changed bit: {text}");
+    }
+}
+
+/// Whether a command succeeds, and what it prints.
+fn outcome_of(mut command: Command) -> (bool, String) {
+    let output = command.output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Changes one bit in the middle of an image.
+fn flip_a_bit(image: &Path) {
+    let image = fs::File::options().read(true).write(true).open(image).unwrap();
+    let mut byte = [0];
+    image.read_exact_at(&mut byte, (8 << 20) + 2000).unwrap();
+    image.write_all_at(&[byte[0] ^ 1], (8 << 20) + 2000).unwrap();
 }
 
 #[test]

@@ -22,10 +22,11 @@ use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
 use testkit::vsock_host::VsockHost;
 
-/// From SIGTERM to the process's end.
+/// From SIGTERM to the process's end, with the work in flight done, for a daemon that gets a CPU when it wants
+/// one. It has a dozen turns to take: on two CPUs wanted by twelve they took a second, all of it waiting.
 const PROMISE: Duration = Duration::from_millis(100);
-/// Lives of each daemon. The machine may be busy with other tests: one of them has to keep the promise.
-const LIVES: usize = 4;
+/// Lives of each daemon; every one of them has to keep the promise.
+const LIVES: usize = 5;
 /// How long the guest works before it all ends.
 const WORK: Duration = Duration::from_millis(60);
 /// How long a guest's thread waits for a daemon that has left.
@@ -49,6 +50,8 @@ fn again_and_again(mut work: impl FnMut() -> bool + Send + 'static) {
 fn disk(dir: &Path) -> Life {
     let image = dir.join("image");
     fs::write(&image, vec![7; 16 << 20]).unwrap();
+    // The daemon's writes have not to wait for these.
+    fs::File::open(&image).unwrap().sync_all().unwrap();
     let arguments = [format!("--blk-file={},lock=off", image.display()), AFFINITY.to_owned()];
     let daemon = Daemon::start("vhost-user-blk", &dir.join("blk"), &arguments).unwrap();
     let ram = GuestRam::new(16 << 20).unwrap();
@@ -122,23 +125,36 @@ fn network(dir: &Path) -> Option<Life> {
     Some(Life { daemon, _keep: vec![Box::new((front_end, queues, namespace))] })
 }
 
-/// Several lives, until one ended as promised.
+/// For how long some CPU has been wanted by more than one so far, as the kernel counts it; `None` where it
+/// does not. It is a mean over the CPUs, and all of it may have been on the daemon's.
+fn cpu_shortage() -> Option<Duration> {
+    let pressure = fs::read_to_string("/proc/pressure/cpu").ok()?;
+    let total = pressure.lines().next()?.split_once("total=")?.1.trim().parse().ok()?;
+    let cpus = std::thread::available_parallelism().ok()?;
+    Some(Duration::from_micros(total) * u32::try_from(cpus.get()).ok()?)
+}
+
+/// Several lives, each of which ends as promised.
 fn leaves_at_once(start: impl Fn(&Path) -> Option<Life>) {
     let mut times = Vec::new();
     for _ in 0..LIVES {
         let dir = tempfile::tempdir().unwrap();
         let Some(mut life) = start(dir.path()) else { return };
         sleep(WORK);
-        let begun = Instant::now();
+        let (shortage, begun) = (cpu_shortage(), Instant::now());
         let status = life.daemon.terminate(TIMEOUT).unwrap();
-        times.push(begun.elapsed());
+        let took = begun.elapsed();
+        let short = shortage.zip(cpu_shortage()).map(|(before, after)| (after - before).min(took));
         assert!(status.success(), "{status}: {}", life.daemon.log());
-        if times.iter().any(|time| *time <= PROMISE) {
-            break;
-        }
+        times.push((took, short));
     }
-    eprintln!("left after {times:?}");
-    assert!(times.iter().any(|time| *time <= PROMISE), "it left after {times:?}");
+    eprintln!("left after (of which a CPU was short): {times:?}");
+    let kept = |(took, short): &(Duration, Option<Duration>)| {
+        took.saturating_sub(short.unwrap_or_default()) <= PROMISE
+    };
+    // Where nobody counts shortages, most lives have to do without.
+    let wanted = if times[0].1.is_some() { LIVES } else { LIVES.div_ceil(2) };
+    assert!(times.iter().filter(|life| kept(life)).count() >= wanted, "it left after {times:?}");
 }
 
 #[test]

@@ -8,10 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use testkit::daemon::{Daemon, bin};
+use testkit::daemon::{Daemon, bin, copy_program};
 use testkit::dax_story::{answer, content, question};
 use testkit::guests::Job;
 use testkit::guests::qemu::QemuGuest;
+use testkit::page_cache::resident_pages;
 use testkit::toolroot::ToolRoot;
 
 /// QEMU emulates the CPU.
@@ -186,7 +187,7 @@ fn two_guests_share_one_copy_of_256_mib() {
         // Each of the two VMMs is charged for at most half of every page.
         assert!(mapped.proportional <= mapped.resident / 2 + 1024, "{mapped:?}");
     }
-    let resident = resident_pages(&image);
+    let resident = resident_pages(&image).unwrap();
     assert_eq!(resident, SHARED_MIB << 8, "pages of the image in the host's page cache");
     fs::write(shared.join("done"), b"").unwrap();
     for guest in guests {
@@ -196,16 +197,6 @@ fn two_guests_share_one_copy_of_256_mib() {
         println!("the guest's own page cache grew by {grown} KiB");
         assert!(grown < 8 << 10, "the guest's own page cache grew by {grown} KiB");
     }
-}
-
-/// Pages of `file` that are in this machine's page cache, by the tool of util-linux.
-fn resident_pages(file: &Path) -> u64 {
-    let out = std::process::Command::new("fincore")
-        .args(["--noheadings", "--raw", "--output=PAGES"])
-        .arg(file)
-        .output()
-        .unwrap();
-    String::from_utf8(out.stdout).unwrap().trim().parse().unwrap()
 }
 
 /// What a process has mapped of a file, KiB.
@@ -336,8 +327,7 @@ fn a_guest_reads_a_file_that_qemu_cannot_map() {
     fs::create_dir(&shared).unwrap();
     // A program that runs on the host cannot be opened for writing there.
     let program = shared.join("program");
-    fs::copy("/bin/sleep", &program).unwrap();
-    fs::OpenOptions::new().write(true).open(&program).unwrap().set_len(4 << 20).unwrap();
+    copy_program(Path::new("/bin/sleep"), &program, Some(4 << 20)).unwrap();
     fs::write(shared.join("image"), content(4 << 20, 9)).unwrap();
     fs::write(shared.join("sums"), sums(&shared, &["program", "image"])).unwrap();
     let mut sleeping = std::process::Command::new(&program).arg("600").spawn().unwrap();

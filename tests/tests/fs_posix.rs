@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use testkit::cargo_tool;
-use testkit::daemon::Daemon;
+use testkit::daemon::{Daemon, copy_program};
 use testkit::fuse_bridge::{BridgeOptions, FuseBridge};
 use testkit::mounted::Mounted;
 use testkit::skip::skip;
@@ -140,7 +140,8 @@ fn a_running_program_keeps_its_contents() {
     use rustix::fs::{Mode, OFlags};
     let Some(mounted) = Mounted::new(&[], BridgeOptions::default()) else { return };
     let program = mounted.path("sleep");
-    let size = fs::copy("/bin/sleep", &program).unwrap();
+    copy_program(Path::new("/bin/sleep"), &program, None).unwrap();
+    let size = fs::metadata(&program).unwrap().len();
     let mut running = Command::new(&program).arg("30").spawn().unwrap();
     let refused: Vec<_> = [OFlags::WRONLY, OFlags::RDWR, OFlags::RDONLY | OFlags::TRUNC]
         .map(|flags| rustix::fs::open(&program, flags, Mode::empty()).map(drop))

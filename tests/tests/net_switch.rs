@@ -175,6 +175,46 @@ fn offloads_reach_only_who_takes_them() {
     assert_eq!(metric(&metrics, "net_rx_unsegmented_total"), 1);
 }
 
+/// A guest that did not negotiate segmentation gets the frames of which a super-frame is made.
+#[test]
+fn a_super_frame_is_cut_for_who_does_not_take_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_daemon, metrics) = switch(dir.path(), &["", "", ""]);
+    let without = NO_MQ & !(1 << v::VIRTIO_NET_F_GUEST_TSO4);
+    let mut sender = Guest::new(dir.path(), 0, RingFormat::Split, NO_MQ, 32);
+    let mut able = Guest::new(dir.path(), 1, RingFormat::Packed, NO_MQ, 32);
+    let mut plain = Guest::new(dir.path(), 2, RingFormat::Packed, without, 32);
+    let mut sent = [&ALL[..], &mac(0), &[8, 0]].concat();
+    // IPv4, 20 bytes, TCP from 10.0.0.1 to 10.0.0.2; then TCP with sequence number 7 and PSH, ACK.
+    sent.extend([0x45, 0, 0, 0, 0, 9, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    sent.extend([0, 1, 0, 2, 0, 0, 0, 7, 0, 0, 0, 0, 0x50, 0x18, 1, 0, 0, 0, 0, 0]);
+    let payload: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
+    sent.extend(&payload);
+    // NEEDS_CSUM and GSO_TCPV4: segments of 400 bytes, the sum of byte 34 on in byte 34 + 16.
+    let header = [1, 1, 54, 0, 0x90, 1, 34, 0, 16, 0, 0, 0];
+    sender.send(header, &sent);
+    assert_eq!(able.receive()[HEADER..], sent[..]);
+    for (index, part) in payload.chunks(400).enumerate() {
+        let got = plain.receive();
+        assert_eq!(got[..10], [0; 10]);
+        let got = &got[HEADER..];
+        assert_eq!(&got[54..], part);
+        assert_eq!(usize::from(u16::from_be_bytes([got[16], got[17]])), 40 + part.len());
+        assert_eq!(u16::from_be_bytes([got[18], got[19]]), 9 + index as u16);
+        let at = u32::from_be_bytes(got[38..42].try_into().unwrap());
+        assert_eq!(at as usize, 7 + 400 * index);
+        assert_eq!(got[47], if part.len() < 400 { 0x18 } else { 0x10 });
+        let sum = |bytes: &[u8]| {
+            bytes.chunks(2).map(|p| u32::from(p[0]) << 8 | u32::from(p[1])).sum::<u32>() % 0xffff
+        };
+        assert_eq!(sum(&got[14..34]), 0);
+        let pseudo = sum(&got[26..34]) + 6 + 20 + part.len() as u32;
+        assert_eq!((pseudo + sum(&got[34..])) % 0xffff, 0);
+    }
+    plain.expect_nothing();
+    assert_eq!(metric(&metrics, "net_rx_unsegmented_total"), 0);
+}
+
 #[test]
 fn a_slow_guest_harms_nobody_and_one_may_leave() {
     let dir = tempfile::tempdir().unwrap();

@@ -8,15 +8,16 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use outboard_common::device::{Device, WorkerBody};
 use outboard_common::sys::EventFd;
 use outboard_common::vhost_user::session::{Ended, Session, SessionOptions};
+use outboard_common::worker::{Context, EventLoop, Progress, QueueHandler};
 use testkit::driver::{Buffer, GuestQueue, RingFormat, wait_readable};
-use testkit::frontend::{BackendRequest, FrontEnd, ShmemPolicy};
+use testkit::frontend::{AttachOptions, BackendRequest, FrontEnd, ShmemPolicy};
 use testkit::inverter::Inverter;
 use testkit::memory::{GuestRam, USER_BASE};
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Protocol};
@@ -317,6 +318,113 @@ fn network_hooks_reach_the_device_that_has_them() {
     assert!(front_end.set_mtu(1500).is_err());
     assert!(front_end.send_rarp([2; 6]).is_err());
     assert!(front_end.get_shmem_config().unwrap().iter().all(|&size| size == 0));
+    drop(front_end);
+    thread.join().unwrap();
+}
+
+/// Two queues with a worker each, of which neither is drained before the other drains too.
+#[derive(Clone, Default)]
+struct Together(Arc<(Mutex<usize>, Condvar)>);
+
+impl Together {
+    /// Queues that have been drained so far, after waiting for an even number of them.
+    fn meet(&self) -> usize {
+        let (count, changed) = &*self.0;
+        let mut drained = count.lock().unwrap();
+        *drained += 1;
+        changed.notify_all();
+        let wanted = drained.next_multiple_of(2);
+        let waited = changed.wait_timeout_while(drained, TIMEOUT / 2, |drained| *drained < wanted);
+        *waited.unwrap().0
+    }
+
+    fn drained(&self) -> usize {
+        *self.0.0.lock().unwrap()
+    }
+}
+
+impl QueueHandler for Together {
+    fn on_kick(&mut self, _index: u16, _cx: &mut Context) -> Progress {
+        Progress::Emptied
+    }
+    fn on_stop(&mut self, _index: u16, _cx: &mut Context) {
+        let drained = self.meet();
+        assert!(drained.is_multiple_of(2), "the other queue was not told to stop");
+    }
+}
+
+impl Device for Together {
+    fn name(&self) -> &str {
+        "together"
+    }
+    fn queue_count(&self) -> u16 {
+        Inverter.queue_count()
+    }
+    fn features(&self) -> u64 {
+        Inverter.features()
+    }
+    fn read_config(&self, _offset: u32, _out: &mut [u8]) {}
+    fn worker_of(&self, queue: u16) -> usize {
+        Inverter.worker_of(queue)
+    }
+    fn worker(&self, _worker: usize) -> anyhow::Result<WorkerBody> {
+        let event_loop = EventLoop::new(self.clone())?;
+        Ok(Box::new(move |control| event_loop.run(control)))
+    }
+}
+
+/// A device's rings drain side by side: stopping them takes as long as the slowest, not as all.
+#[test]
+fn rings_are_drained_at_the_same_time() {
+    let device = Together::default();
+    let (mut front_end, thread) = session(Arc::new(device.clone()), SessionOptions::default());
+    let ram = GuestRam::new(1 << 20).unwrap();
+    let options = AttachOptions { queues: 2, ..AttachOptions::new(RingFormat::Split) };
+    let (queues, _) = front_end.attach(&ram, &options).unwrap();
+    front_end.set_status(0).unwrap();
+    // An answered request: the status is carried out by now, and no ring has come back by itself.
+    assert_eq!(front_end.get_status().unwrap(), 0);
+    assert_eq!(device.drained(), 2);
+    for (index, queue) in (0..).zip(&queues) {
+        front_end.start_queue(index, queue, queue.initial_base()).unwrap();
+    }
+    front_end.get_status().unwrap();
+    drop(front_end);
+    assert!(matches!(thread.join().unwrap(), Ended::FrontendLeft));
+    assert_eq!(device.drained(), 4);
+}
+
+/// What stops rings without taking them back: they rest until the front end says so.
+#[test]
+fn a_stopped_ring_does_not_come_back_by_itself() {
+    let (mut front_end, thread) = session(Arc::new(Inverter), SessionOptions::default());
+    let ram = GuestRam::new(1 << 20).unwrap();
+    let options = AttachOptions::new(RingFormat::Split);
+    let (mut queues, _) = front_end.attach(&ram, &options).unwrap();
+    let queue = &mut queues[0];
+    let at = ram.alloc(4096, 16).unwrap();
+    let resume: [(&str, &dyn Fn(&FrontEnd), &dyn Fn(&FrontEnd, &GuestQueue)); 2] = [
+        ("SET_STATUS 0", &|f| f.set_status(0).unwrap(), &|f, queue| {
+            f.set_vring_kick(0, Some(queue.kick_fd().as_fd())).unwrap();
+        }),
+        ("RESET_OWNER", &|f| f.set(FrontendReq::RESET_OWNER.into(), &[], &[]).unwrap(), &|f, _| {
+            f.set_vring_enable(0, true).unwrap()
+        }),
+    ];
+    for (what, stop, go_on) in resume {
+        ram.fill(at, 64, 1);
+        invert(queue, [at, at + 64], 1, |queue| {
+            queue.kick();
+        });
+        stop(&front_end);
+        ram.fill(at, 64, 2);
+        assert!(queue.add(&[Buffer::readable(at, 64), Buffer::writable(at + 64, 64)], 0));
+        queue.kick();
+        assert_eq!(front_end.get_status().unwrap(), 0);
+        assert!(queue.wait(Duration::from_millis(20)).is_err(), "after {what} it went on");
+        go_on(&front_end, queue);
+        assert_eq!(queue.wait(TIMEOUT).unwrap().len, 64, "after {what}");
+    }
     drop(front_end);
     thread.join().unwrap();
 }

@@ -220,9 +220,9 @@ fn a_stop_waits_for_what_is_in_flight_and_takes_nothing_new() {
 #[test]
 fn a_queue_that_is_not_here_is_no_reason_to_wait() {
     let b = bench(RingFormat::Split, 1, 0, Duration::ZERO);
-    assert!(b.control.stop(5).is_none());
-    assert!(b.control.stop(0).is_some());
-    assert!(b.control.stop(0).is_none());
+    assert!(b.control.stop(5).recv().unwrap().is_none());
+    assert!(b.control.stop(0).recv().unwrap().is_some());
+    assert!(b.control.stop(0).recv().unwrap().is_none());
     b.end();
 }
 
@@ -259,7 +259,7 @@ fn a_queue_that_the_guest_broke_rests_and_the_others_go_on() {
         b.add(1, cookie..cookie + 1);
         assert_eq!(b.wait(1), cookie);
     }
-    let broken = b.control.stop(0).expect("it stops like any other");
+    let broken = b.control.stop(0).recv().unwrap().expect("it stops like any other");
     assert!(broken.retired().is_some());
     b.end();
 }

@@ -64,7 +64,7 @@ impl PairMetrics {
             rx_dropped: c("net_rx_dropped_total", "Frames that fitted no guest buffers.", rx),
             rx_unsegmented: c(
                 "net_rx_unsegmented_total",
-                "Super-frames the driver cannot take.",
+                "Super-frames that the driver does not take and that could not be cut up.",
                 rx,
             ),
             rx_limited: c("net_rx_limited_total", "Switched frames over the limits.", rx),

@@ -88,26 +88,28 @@ impl Iotlb {
         if body.size == 0 {
             return false;
         }
-        let mut entries = self.lock();
+        self.change(&mut self.lock(), body, end)
+    }
+
+    /// As [`Self::apply`], of a message that ends at `end`, while nobody else sees the pieces.
+    fn change(&self, entries: &mut BTreeMap<u64, Entry>, body: &IotlbBody, end: u64) -> bool {
         match body.kind {
             TYPE_UPDATE => {
-                remove_overlapping(&mut entries, body.iova, end);
+                remove_overlapping(entries, body.iova, end);
                 if entries.len() >= MAX_ENTRIES {
                     entries.pop_first();
                 }
                 let entry = Entry { size: body.size, user_addr: body.user_addr, perm: body.perm };
                 entries.insert(body.iova, entry);
-                self.changed.notify_all();
-                true
             }
             TYPE_INVALIDATE => {
-                remove_overlapping(&mut entries, body.iova, end);
+                remove_overlapping(entries, body.iova, end);
                 self.invalidations.fetch_add(1, Ordering::Relaxed);
-                self.changed.notify_all();
-                true
             }
-            _ => false,
+            _ => return false,
         }
+        self.changed.notify_all();
+        true
     }
 
     /// Front end's address of `iova` and how many bytes from there on are contiguous, if known and
@@ -187,6 +189,11 @@ fn remove_overlapping(entries: &mut BTreeMap<u64, Entry>, start: u64, end: u64) 
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::super::backend_channel::ChannelFeatures;
+    use super::super::wire::Header;
     use super::*;
 
     fn body(kind: u8, iova: u64, size: u64, user_addr: u64, perm: u8) -> IotlbBody {
@@ -219,5 +226,44 @@ mod tests {
         tlb.apply(&body(TYPE_UPDATE, 0, 0x1000, 0x7000, 3));
         assert!(tlb.apply(&body(TYPE_INVALIDATE, 0, u64::MAX, 0, 0)));
         assert_eq!(tlb.lookup(0, PERM_READ), None);
+    }
+
+    /// The next miss that the front end is told of.
+    fn miss(front_end: &mut UnixStream) -> IotlbBody {
+        let mut message = [0; size_of::<Header>() + size_of::<IotlbBody>()];
+        front_end.read_exact(&mut message).expect("nothing was asked for");
+        IotlbBody::read_from_bytes(&message[size_of::<Header>()..]).unwrap()
+    }
+
+    /// The answer and an invalidation come before the thread that waits for it runs again: here always,
+    /// because the lock is held for both.
+    #[test]
+    fn an_answer_invalidated_before_it_was_seen_is_asked_for_again() {
+        let (ours, mut front_end) = UnixStream::pair().unwrap();
+        // Less than the time that a worker waits for an answer.
+        front_end.set_read_timeout(Some(MISS_TIMEOUT / 2)).unwrap();
+        let tlb = Iotlb::default();
+        let channel = BackendChannel::new(ours.into(), ChannelFeatures::default()).unwrap();
+        tlb.set_channel(Some(Arc::new(channel)));
+        let answer = body(TYPE_UPDATE, 0x1000, 0x1000, 0x7000, PERM_READ);
+        let found = std::thread::scope(|scope| {
+            let worker = scope.spawn(|| tlb.resolve(0x1800, PERM_READ));
+            let first = miss(&mut front_end);
+            assert_eq!((first.kind, first.iova, first.perm), (TYPE_MISS, 0x1800, PERM_READ));
+            // The worker has let go of the lock only once it waits.
+            let mut entries = tlb.lock();
+            assert!(tlb.change(&mut entries, &answer, 0x1fff));
+            let everything = body(TYPE_INVALIDATE, 0, u64::MAX, 0, 0);
+            assert!(tlb.change(&mut entries, &everything, u64::MAX - 1));
+            assert!(entries.is_empty());
+            drop(entries);
+            assert_eq!(miss(&mut front_end), first);
+            assert!(tlb.apply(&answer));
+            worker.join().unwrap()
+        });
+        assert_eq!(found, Some((0x7800, 0x800)));
+        // Nothing else was asked for.
+        front_end.set_nonblocking(true).unwrap();
+        assert_eq!(front_end.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     }
 }

@@ -95,12 +95,12 @@ impl ControlHandle {
         }
     }
 
-    /// Stops queue `index` and takes it back, once all it has in flight is done.
+    /// Has queue `index` stopped; it comes once all it has in flight is done.
     #[must_use]
-    pub fn stop(&self, index: u16) -> Option<Box<Queue>> {
+    pub fn stop(&self, index: u16) -> Receiver<Option<Box<Queue>>> {
         let (reply, answer) = std::sync::mpsc::sync_channel(1);
         self.send(Command::Stop { index, reply });
-        answer.recv().ok().flatten()
+        answer
     }
 }
 

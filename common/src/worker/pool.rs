@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 
 use anyhow::Context as _;
@@ -64,11 +65,16 @@ impl WorkerPool {
         Ok(Member { control, thread })
     }
 
-    /// Takes queue `index` back from its worker, with nothing in flight. `None` if it is not running.
+    /// Takes the queues `indices` back from their workers, with nothing in flight; `None` for one that is not
+    /// running. All are told before the first is waited for: they drain at the same time.
     #[must_use]
-    pub fn stop(&self, device: &Arc<dyn Device>, index: u16) -> Option<Queue> {
-        let member = self.members.get(&device.worker_of(index))?;
-        member.control.stop(index).map(|queue| *queue)
+    pub fn stop(&self, device: &Arc<dyn Device>, indices: &[u16]) -> Vec<Option<Queue>> {
+        await_queues(self.begin_stop(device, indices))
+    }
+
+    fn begin_stop(&self, device: &Arc<dyn Device>, indices: &[u16]) -> Vec<Option<Coming>> {
+        let worker_of = |index| self.members.get(&device.worker_of(index));
+        indices.iter().map(|&i| worker_of(i).map(|member| member.control.stop(i))).collect()
     }
 
     /// Sends a command about queue `index` to its worker.
@@ -78,24 +84,41 @@ impl WorkerPool {
         }
     }
 
-    /// Ends all threads and waits for them.
-    pub fn shut_down(&mut self) {
-        let threads: Vec<_> = std::mem::take(&mut self.members)
-            .into_values()
-            .map(|m| (m.control, m.thread))
-            .collect();
-        for (control, thread) in threads {
-            drop(control);
-            if thread.join().is_err() {
-                tracing::error!("a worker thread panicked");
-            }
-        }
+    /// As [`Self::stop`], and ends all threads. They are told both at once.
+    #[must_use]
+    pub fn shut_down(&mut self, device: &Arc<dyn Device>, indices: &[u16]) -> Vec<Option<Queue>> {
+        let coming = self.begin_stop(device, indices);
+        let threads = self.hang_up();
+        let queues = await_queues(coming);
+        join(threads);
+        queues
+    }
+
+    /// Tells all threads that the session is over.
+    fn hang_up(&mut self) -> Vec<JoinHandle<()>> {
+        std::mem::take(&mut self.members).into_values().map(|member| member.thread).collect()
     }
 }
 
 impl Drop for WorkerPool {
     fn drop(&mut self) {
-        self.shut_down();
+        join(self.hang_up());
+    }
+}
+
+/// A queue on its way back.
+type Coming = Receiver<Option<Box<Queue>>>;
+
+fn await_queues(coming: Vec<Option<Coming>>) -> Vec<Option<Queue>> {
+    let queue = |answer: Coming| answer.recv().ok().flatten().map(|queue| *queue);
+    coming.into_iter().map(|answer| answer.and_then(queue)).collect()
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    for thread in threads {
+        if thread.join().is_err() {
+            tracing::error!("a worker thread panicked");
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,6 +46,15 @@ const NSSWITCH: &str = "passwd: files\ngroup: files\nhosts: files dns\n";
 
 /// The path of the finished root of `recipe`, built now if it is not in the cache.
 pub(super) fn cached(recipe: &Recipe, stop: Option<&AtomicBool>) -> Result<PathBuf> {
+    finished(recipe, None, stop)
+}
+
+/// As [`cached`], but all the root has is the program of the Debian source package `source`, built in it.
+pub(super) fn compiled(recipe: &Recipe, source: &str) -> Result<PathBuf> {
+    finished(recipe, Some(source), None)
+}
+
+fn finished(recipe: &Recipe, source: Option<&str>, stop: Option<&AtomicBool>) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
     (recipe.packages, SUITE, LAYOUT).hash(&mut hasher);
     if !recipe.kept.is_empty() {
@@ -70,7 +79,7 @@ pub(super) fn cached(recipe: &Recipe, stop: Option<&AtomicBool>) -> Result<PathB
     }
     let never = AtomicBool::new(false);
     let stop = stop.unwrap_or(&never);
-    build(recipe, &cache, &root, stop).inspect_err(|error| {
+    build((recipe, source), &cache, &root, stop).inspect_err(|error| {
         // A person's wish is no reason not to try again.
         if !stop.load(Ordering::Relaxed) {
             let _ = fs::write(&note, format!("{error:#}"));
@@ -96,14 +105,19 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
     Ok(PathBuf::from(home).join(".cache/outboard"))
 }
 
-fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Result<()> {
+fn build(
+    (recipe, source): (&Recipe, Option<&str>),
+    cache: &Path,
+    root: &Path,
+    stop: &AtomicBool,
+) -> Result<()> {
     let mirror = mirror()?;
     ensure_room(cache)?;
     let partial = cache.join(format!("{}.partial", recipe.name));
     for attempt in 1..=ATTEMPTS {
         remove_tree(&partial)?;
         progress(&format!("building {} (attempt {attempt} of {ATTEMPTS})", root.display()));
-        match unpack(recipe, &partial, &mirror, stop) {
+        match unpack((recipe, source), &partial, &mirror, stop) {
             Ok(()) => break,
             Err(error) if attempt == ATTEMPTS || stop.load(Ordering::Relaxed) => {
                 remove_tree(&partial)?;
@@ -117,6 +131,9 @@ fn build(recipe: &Recipe, cache: &Path, root: &Path, stop: &AtomicBool) -> Resul
     }
     furnish(&partial).context("furnish the tool root")?;
     keep(recipe, &partial).context("keep packages in the tool root")?;
+    if let Some(source) = source {
+        compile(&partial, source).with_context(|| format!("build {source}"))?;
+    }
     fs::rename(&partial, root).context("put the tool root in place")?;
     // Modules are unpacked by the root's own tools, so the root is in place first; it is taken
     // away again when that fails.
@@ -142,6 +159,44 @@ fn ensure_room(cache: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Builds the program of `./source` into `./usr/bin/NAME`, and leaves nothing else in the root.
+fn compile(root: &Path, name: &str) -> Result<()> {
+    let source = root.join("source");
+    let archive = only_entry(&source)?;
+    let unpacked = Command::new("tar").arg("-xf").arg(&archive).current_dir(&source).status();
+    if !unpacked.context("start tar")?.success() {
+        bail!("tar cannot unpack {}", archive.display());
+    }
+    let script = format!(
+        "cd /source/{name}-*/ && ./configure --disable-native --disable-optimizations \
+         && make -j \"$(nproc)\" {name} && cp {name} /source/{name}"
+    );
+    progress(&format!("compiling {name}"));
+    let output = ToolRoot { path: root.to_owned() }
+        .command_with("sh", &[(&source, "/source")])?
+        .args(["-euc", &script])
+        .stdin(Stdio::null())
+        .output()
+        .context("run a shell in the tool root")?;
+    if !output.status.success() {
+        let complaints = String::from_utf8_lossy(&output.stderr).into_owned();
+        let last: Vec<&str> = complaints.lines().rev().take(5).collect();
+        bail!("{}: {}", output.status, last.join(" / "));
+    }
+    let program = fs::read(source.join(name)).context("the program")?;
+    for entry in fs::read_dir(root)? {
+        let path = entry?.path();
+        if path.is_dir() && !path.is_symlink() {
+            remove_tree(&path)?;
+        }
+    }
+    let kept = root.join("usr/bin").join(name);
+    fs::create_dir_all(root.join("usr/bin"))?;
+    fs::write(&kept, program)?;
+    fs::set_permissions(&kept, PermissionsExt::from_mode(0o755))?;
+    Ok(())
+}
+
 /// The Debian mirror this machine's apt is set up with, or `$OUTBOARD_MIRROR`.
 fn mirror() -> Result<String> {
     if let Ok(mirror) = std::env::var("OUTBOARD_MIRROR") {
@@ -160,7 +215,12 @@ fn mirror() -> Result<String> {
 }
 
 /// Unpacks the packages; their maintainer scripts never run.
-fn unpack(recipe: &Recipe, root: &Path, mirror: &str, stop: &AtomicBool) -> Result<()> {
+fn unpack(
+    (recipe, source): (&Recipe, Option<&str>),
+    root: &Path,
+    mirror: &str,
+    stop: &AtomicBool,
+) -> Result<()> {
     let mut command = Command::new("mmdebstrap");
     if !rustix::process::geteuid().is_root() {
         // No chroot is entered, as no package's script runs; so a user needs no further rights or tools.
@@ -179,7 +239,19 @@ fn unpack(recipe: &Recipe, root: &Path, mirror: &str, stop: &AtomicBool) -> Resu
         // The packages themselves are taken care of in `keep`.
         .arg("--skip=cleanup/apt/cache")
         .arg(format!("--include={}", recipe.packages.join(",")))
-        .args([SUITE.as_ref(), root.as_os_str(), mirror.as_ref()])
+        .args(source.map(|name| {
+            format!(
+                "--extract-hook=mkdir \"$1/source\" && cd \"$1/source\" && \
+                 APT_CONFIG=\"$MMDEBSTRAP_APT_CONFIG\" apt-get source --download-only --tar-only {name}"
+            )
+        }))
+        .args([SUITE.as_ref(), root.as_os_str()])
+        .args(match source {
+            None => vec![mirror.to_owned()],
+            Some(_) => {
+                ["deb", "deb-src"].map(|kind| format!("{kind} {mirror} {SUITE} main")).to_vec()
+            }
+        })
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -325,7 +397,7 @@ fn only_entry(dir: &Path) -> Result<PathBuf> {
         .collect::<std::io::Result<_>>()?;
     match (entries.pop(), entries.len()) {
         (Some(entry), 0) => Ok(entry.path()),
-        _ => bail!("{} does not hold exactly one kernel version", dir.display()),
+        _ => bail!("{} does not hold exactly one thing", dir.display()),
     }
 }
 

@@ -3,11 +3,12 @@
 //! `hostile.rs`.)
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::fs::{OFlags, fcntl_getfl};
+use testkit::daemon::copy_program;
 use testkit::driver::fs::Message;
 
 use crate::share::*;
@@ -189,10 +190,8 @@ fn a_file_that_cannot_be_opened_for_writing_is_not_marked() {
     let share = Share::new(&["--dax=inode"]);
     for name in ["runs", "rests"] {
         let path = share.path(name);
-        fs::copy("/bin/sleep", &path).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         // What is behind a program's end does not disturb it.
-        OpenOptions::new().write(true).open(&path).unwrap().set_len(WINDOW).unwrap();
+        copy_program(Path::new("/bin/sleep"), &path, Some(WINDOW)).unwrap();
     }
     let mut running =
         Command::new(share.path("runs")).arg("60").stdin(Stdio::null()).spawn().unwrap();
@@ -214,9 +213,7 @@ fn a_file_that_cannot_be_opened_for_writing_is_not_marked() {
 fn a_file_that_can_be_opened_no_longer_loses_its_mark() {
     let share = Share::new(&["--dax=inode"]);
     let path = share.path("program");
-    fs::copy("/bin/sleep", &path).unwrap();
-    OpenOptions::new().write(true).open(&path).unwrap().set_len(WINDOW).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    copy_program(Path::new("/bin/sleep"), &path, Some(WINDOW)).unwrap();
     let (mut guest, _window) = share.guest(QEMU);
     let inode = guest.lookup(ROOT, "program").unwrap();
     let marked = |guest: &mut _| attributes(guest, inode).attr.flags & ATTR_DAX != 0;

@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use virtio_bindings::virtio_net as v;
+
 use super::Backend;
 use crate::control::MacAddr;
 use crate::worker::switch::Receiver;
@@ -249,7 +251,8 @@ impl Backend for SwitchPort {
     }
 
     fn features(&self) -> u64 {
-        super::tap::FEATURES
+        // Fragments of UDP were given up by Linux; what is not offered need not be cut up for others.
+        super::tap::FEATURES & !(1 << v::VIRTIO_NET_F_HOST_UFO | 1 << v::VIRTIO_NET_F_GUEST_UFO)
     }
 
     fn mtu(&self) -> Option<u16> {

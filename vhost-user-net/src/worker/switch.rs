@@ -22,17 +22,21 @@ use super::fetch::fetch;
 use super::tx::{Gate, Next, Slot, take};
 use super::{Turn, answer_commands, has, is_mergeable};
 use crate::backend::switch::SwitchPort;
+use crate::checksum::{checksum, sum, udp_checksum};
 use crate::control::{MacAddr, RxFilter};
 use crate::header::{
     ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP,
     GSO_UDP_L4, NetHeader, header_size,
 };
+use crate::segment::Segments;
 use crate::shared::{PairMetrics, Shared};
 
 /// Frames taken at once.
 const BATCH: usize = 64;
 /// Frames in a turn.
 const BUDGET: usize = 256;
+/// Where a UDP header has its checksum; no other protocol has it there.
+const UDP_CHECKSUM_AT: usize = 6;
 const RX_QUEUE: u16 = 0;
 const TX_QUEUE: u16 = 1;
 
@@ -49,8 +53,8 @@ struct Frame<'a> {
 }
 
 impl Frame<'_> {
-    /// The whole frame in `room`, with its checksum filled in. Virtio 1.3, 5.1.6.2.
-    fn finish(&self, room: &mut Vec<u8>) {
+    /// The whole frame in `room`, in our memory.
+    fn gather(&self, room: &mut Vec<u8>) {
         room.clear();
         room.extend_from_slice(self.head);
         for part in self.rest {
@@ -63,9 +67,17 @@ impl Frame<'_> {
                 std::ptr::copy(part.iov_base.cast::<u8>(), to, part.iov_len);
             }
         }
+    }
+
+    /// The whole frame in `room`, with its checksum filled in. Virtio 1.3, 5.1.6.2.
+    fn finish(&self, room: &mut Vec<u8>) {
+        self.gather(room);
         let start = usize::from(self.header.csum_start.get());
-        let place = start + usize::from(self.header.csum_offset.get());
-        let sum = checksum(room.get(start..).unwrap_or(&[]));
+        let offset = usize::from(self.header.csum_offset.get());
+        let place = start + offset;
+        // The sum of the pseudo-header stands in the checksum's place.
+        let sum = sum(room.get(start..).unwrap_or(&[]));
+        let sum = if offset == UDP_CHECKSUM_AT { udp_checksum(sum) } else { checksum(sum) };
         if let Some(to) = room.get_mut(place..place + 2) {
             to.copy_from_slice(&sum);
         }
@@ -91,25 +103,6 @@ impl Frame<'_> {
     }
 }
 
-/// The Internet checksum of `bytes`, which hold the pseudo-header's sum already. RFC 1071.
-fn checksum(bytes: &[u8]) -> [u8; 2] {
-    let mut sum: u64 = 0;
-    for pair in bytes.chunks(2) {
-        let high = pair.first().copied().unwrap_or(0);
-        let low = pair.get(1).copied().unwrap_or(0);
-        sum += u64::from(u16::from_be_bytes([high, low]));
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    // Folded, it has 16 bits. A zero means "no checksum" to UDP, and is the same number as its
-    // complement.
-    match !u16::try_from(sum).unwrap_or(0) {
-        0 => [0xff, 0xff],
-        sum => sum.to_be_bytes(),
-    }
-}
-
 /// The receiving side of a port: used by whichever port's worker holds the lock around it.
 #[derive(Debug)]
 pub struct Receiver {
@@ -126,6 +119,8 @@ pub struct Receiver {
     have: usize,
     /// A frame whose checksum is filled in here.
     room: Vec<u8>,
+    /// A super-frame that is cut.
+    whole: Vec<u8>,
     /// The ring had too few buffers for a frame of this batch.
     exhausted: bool,
 }
@@ -145,6 +140,7 @@ impl Receiver {
             next: 0,
             have: 0,
             room: Vec::new(),
+            whole: Vec::new(),
             exhausted: false,
         }
     }
@@ -166,10 +162,33 @@ impl Receiver {
             self.metrics.rx_filtered.add(1);
             return false;
         }
-        if !frame.is_taken_whole(offloads) {
-            self.metrics.rx_unsegmented.add(1);
-            return false;
+        if frame.is_taken_whole(offloads) { self.give(frame, offloads) } else { self.cut(frame) }
+    }
+
+    /// Gives a super-frame to a driver that takes none, in pieces; true if it has any of them.
+    fn cut(&mut self, frame: &Frame<'_>) -> bool {
+        let mut whole = std::mem::take(&mut self.whole);
+        let mut room = std::mem::take(&mut self.room);
+        frame.gather(&mut whole);
+        let mut given = false;
+        match Segments::new(&frame.header, &whole) {
+            // What can never fit must not hold up the other senders of this queue.
+            Some(mut pieces) if pieces.count() <= usize::from(self.queue.size()) => {
+                while pieces.next_into(&mut room) {
+                    let header = NetHeader::new_zeroed();
+                    let piece = Frame { header, head: &room, rest: &[], len: room.len() };
+                    // The checksums are filled in: no offload is needed.
+                    given |= self.give(&piece, 0);
+                }
+            }
+            _ => self.metrics.rx_unsegmented.add(1),
         }
+        (self.whole, self.room) = (whole, room);
+        given
+    }
+
+    /// Gives a frame that the driver takes as it is, but for the checksum.
+    fn give(&mut self, frame: &Frame<'_>, offloads: u64) -> bool {
         let bytes = self.header_size + frame.len;
         let Some(count) = self.stage(bytes) else {
             self.metrics.rx_dropped.add(1);
@@ -540,18 +559,5 @@ impl Drop for SwitchWorker {
     fn drop(&mut self) {
         // The session is over: its queue must not receive for a guest that left.
         self.take_receiver();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_checksum_is_rfc_1071s() {
-        // The example of RFC 1071, section 3: the sum is ddf2.
-        assert_eq!(checksum(&[0, 1, 0xf2, 3, 0xf4, 0xf5, 0xf6, 0xf7]), [0x22, 0x0d]);
-        assert_eq!(checksum(&[0xff, 0xff]), [0xff, 0xff]);
-        assert_eq!(checksum(&[1]), [0xfe, 0xff]);
     }
 }

@@ -32,7 +32,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use zerocopy::IntoBytes;
 
 use self::migration::{Inflight, StateTransfer};
-use self::vring::Vring;
+use self::vring::{Kick, Vring};
 use super::backend_channel::{BackendChannel, ChannelFeatures};
 use super::connection::{Connection, Message, ReceiveError};
 use super::iotlb::{Iotlb, IotlbBody};
@@ -234,8 +234,7 @@ impl Session {
 
     /// Stops all rings, ends the workers and lets the device forget the guest.
     pub fn close(&mut self) {
-        self.stop_all();
-        self.pool.shut_down();
+        self.end_workers();
         self.device.set_channel(None);
         self.device.reset();
     }
@@ -354,7 +353,7 @@ impl Session {
             Request::CheckDeviceState => return self.check_state(),
             Request::Iotlb(body) => return self.update_iotlb(&body),
             Request::SetOwner | Request::SetLogFd => {}
-            Request::ResetOwner => self.stop_all(),
+            Request::ResetOwner => self.disable_all(),
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
             Request::SetMemTable(regions) => self.set_mem_table(&regions, fd, fds)?,
@@ -535,12 +534,23 @@ impl Session {
         self.device.reset();
     }
 
-    /// SET_STATUS. Status 0 stops the rings but does not reset the device's own state: QEMU sends it
-    /// whenever a machine is paused too.
+    /// RESET_OWNER, which the specification wants ignored or taken as this.
+    fn disable_all(&mut self) {
+        self.stop_all();
+        for vring in &mut self.vrings {
+            vring.enabled = false;
+        }
+    }
+
+    /// SET_STATUS. Status 0 stops the rings, each until its next SET_VRING_KICK, but does not reset the
+    /// device's own state: QEMU sends it whenever a machine is paused too.
     fn set_status(&mut self, status: u64) {
         self.status = status.to_le_bytes()[0];
         if self.status == 0 {
             self.stop_all();
+            for vring in &mut self.vrings {
+                vring.kick = Kick::None;
+            }
         }
         self.device.status(self.status);
     }

@@ -82,8 +82,7 @@ impl Session {
     /// # Errors
     /// The process is out of descriptors.
     pub fn save(mut self) -> anyhow::Result<(SavedSession, Vec<OwnedFd>)> {
-        self.stop_all();
-        self.pool.shut_down();
+        self.end_workers();
         let mut fds = Fds::default();
         let mut vrings = Vec::new();
         for v in &self.vrings {

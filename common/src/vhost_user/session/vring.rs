@@ -308,37 +308,61 @@ impl Session {
 
     /// Takes vring `index` back from its worker, drained, if it is running.
     pub(super) fn stop(&mut self, index: u16) {
-        let Some(vring) = self.vrings.get_mut(usize::from(index)) else { return };
-        if !vring.running {
-            return;
+        if self.vrings.get(usize::from(index)).is_some_and(|v| v.running) {
+            self.take_back(&[index], Workers::Stay);
         }
-        vring.running = false;
-        // A worker that waits for the front end must let go, since the front end waits for us.
-        if let Some(channel) = &self.channel {
-            channel.interrupt();
-        }
-        let queue = self.pool.stop(&self.device, index);
-        if let Some(channel) = &self.channel {
-            channel.resume();
-        }
-        match queue {
-            Some(queue) => self.vrings[usize::from(index)].base = queue.release(),
-            None => tracing::error!(
-                index,
-                "a vring's worker is gone; its position is as it was at the start"
-            ),
-        }
-        tracing::debug!(index, base = self.vrings[usize::from(index)].base, "vring stopped");
     }
 
+    /// Takes all running vrings back. They drain at the same time, so this takes as long as the slowest.
     pub(super) fn stop_all(&mut self) {
-        for index in 0..self.device.queue_count() {
-            self.stop(index);
+        self.take_back(&self.running(), Workers::Stay);
+    }
+
+    /// As [`Self::stop_all`], and ends the workers.
+    pub(super) fn end_workers(&mut self) {
+        self.take_back(&self.running(), Workers::End);
+    }
+
+    fn take_back(&mut self, indices: &[u16], workers: Workers) {
+        // A worker that waits for the front end must let go, since the front end waits for us.
+        let waited_on = self.channel.as_ref().filter(|_| !indices.is_empty());
+        if let Some(channel) = waited_on {
+            channel.interrupt();
         }
+        let queues = match workers {
+            Workers::Stay => self.pool.stop(&self.device, indices),
+            Workers::End => self.pool.shut_down(&self.device, indices),
+        };
+        if let Some(channel) = waited_on {
+            channel.resume();
+        }
+        for (&index, queue) in indices.iter().zip(queues) {
+            let vring = &mut self.vrings[usize::from(index)];
+            vring.running = false;
+            match queue {
+                Some(queue) => vring.base = queue.release(),
+                None => tracing::error!(
+                    index,
+                    "a vring's worker is gone; its position is as it was at the start"
+                ),
+            }
+            tracing::debug!(index, base = vring.base, "vring stopped");
+        }
+    }
+
+    fn running(&self) -> Vec<u16> {
+        (0..self.device.queue_count()).filter(|&i| self.vrings[usize::from(i)].running).collect()
     }
 
     /// Whether any vring is with a worker.
     pub(super) fn any_running(&self) -> bool {
         self.vrings.iter().any(|v| v.running)
     }
+}
+
+/// What becomes of the workers whose vrings are taken back.
+#[derive(Debug, Clone, Copy)]
+enum Workers {
+    Stay,
+    End,
 }
