@@ -135,8 +135,6 @@ struct Client {
     socket_type: crate::packet::SocketType,
     /// It said `passfd`.
     passes: bool,
-    /// It had not said all when it came, and its events are awaited.
-    is_watched: bool,
     deadline: Instant,
 }
 
@@ -314,14 +312,14 @@ impl Mux {
     }
 
     /// Gives a connection its host's end, watched from now on. False: it cannot be.
-    fn attach(&mut self, at: u32, stream: HostStream, is_watched: bool, cx: &Context) -> bool {
+    fn attach(&mut self, at: u32, stream: HostStream, cx: &Context) -> bool {
         let token = self.token(at);
         let Some(live) = self.live(at) else { return false };
-        let watched = is_watched || watch(cx, stream.as_raw_fd(), token, Events::empty());
+        let watched = watch(cx, stream.as_raw_fd(), token, Events::empty());
         live.stream = Some(stream);
         // What is watched from now on says itself whether there is anything; asking would be one more
         // system call for each connection.
-        live.readable = is_watched || !watched;
+        live.readable = !watched;
         watched
     }
 

@@ -14,7 +14,7 @@ use outboard_common::ring::Chain;
 use outboard_common::worker::{Context, Progress, QueueHandler};
 
 use crate::device::{EVENT_QUEUE, Listeners, RX_QUEUE, TX_QUEUE};
-use crate::host::{accept, is_readable};
+use crate::host::accept;
 use crate::mux::Mux;
 use crate::packet::HEADER_SIZE;
 
@@ -23,10 +23,13 @@ const TOKEN_OWN: u64 = 1 << 60;
 const TOKEN_CALLS: u64 = TOKEN_OWN | 0xffff;
 /// Packets taken from the guest before others have their turn.
 const TX_BUDGET: u32 = 128;
-/// Clients accepted before others have their turn.
-const ACCEPT_BUDGET: u32 = 64;
 /// How long to wait when the system is out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the next step of a handshake is waited for awake: what comes later is cheaper slept for.
+const LINGER: Duration = Duration::from_micros(20);
+/// Bytes between two sleeps that make a transfer: who waits for one has the reader or writer of the host to
+/// wait for, which may need this processor.
+const BULK: u64 = 16 << 10;
 /// Where a queue of a new driver starts: split rings, packed rings.
 const FRESH_BASES: [u16; 2] = [0, 0x8000];
 
@@ -39,13 +42,23 @@ pub(crate) struct VsockWorker {
     chain: Chain,
     /// Where the receive queue stopped.
     rx_base: Option<u16>,
-    /// When to accept again: more clients wait than were taken, or there were no descriptors.
+    /// When to watch listeners again for which there were no descriptors.
     accept_again: Option<Instant>,
+    /// Bytes moved until the loop last went to sleep.
+    moved: u64,
 }
 
 impl VsockWorker {
     pub(crate) fn new(mux: Mux, listeners: Arc<Listeners>, restored: Arc<AtomicBool>) -> Self {
-        Self { mux, listeners, restored, chain: Chain::new(), rx_base: None, accept_again: None }
+        Self {
+            mux,
+            listeners,
+            restored,
+            chain: Chain::new(),
+            rx_base: None,
+            accept_again: None,
+            moved: 0,
+        }
     }
 
     /// Has the timer run out at the first deadline there is.
@@ -54,39 +67,36 @@ impl VsockWorker {
         cx.set_timer(deadline.into_iter().chain(self.accept_again).min());
     }
 
-    /// Takes the clients of listener `n`, Unix sockets first.
+    /// Watches all listeners that are not watched yet. One that still has clients says so again.
+    fn watch_listeners(&self, cx: &Context) {
+        let unix = self.listeners.unix.iter().map(|l| l.fd.as_raw_fd());
+        let vsock = self.listeners.vsock.iter().map(|(_, fd)| fd.as_raw_fd());
+        for (token, fd) in (TOKEN_OWN..).zip(unix.chain(vsock)) {
+            // Fails for what is watched.
+            let _ = cx.watch(fd, Events::EPOLLIN, token);
+        }
+    }
+
+    /// Takes a client of listener `n`, Unix sockets first. One, and no more before the next event: asking
+    /// for another costs as much as taking it, for the kernel makes the socket before it looks.
     fn accept(&mut self, n: usize, cx: &mut Context) {
         let listeners = self.listeners.clone();
         let unix = listeners.unix.get(n);
         let vsock = listeners.vsock.get(n.wrapping_sub(listeners.unix.len()));
         let Some(fd) = unix.map(|l| &l.fd).or(vsock.map(|(_, fd)| fd)) else { return };
-        for _ in 0..ACCEPT_BUDGET {
-            match (accept(fd), unix, vsock) {
-                (Ok(Some(client)), Some(listener), _) => {
-                    self.mux.on_client(client, listener.socket_type, cx);
-                }
-                (Ok(Some(client)), None, Some((port, _))) => {
-                    self.mux.on_forwarded_client(client, *port, cx);
-                }
-                (Ok(_), ..) => return,
-                (Err(error), ..) => {
-                    tracing::warn!(%error, "cannot take a client now");
-                    self.accept_again = Some(cx.now() + ACCEPT_PAUSE);
-                    return;
-                }
+        match (accept(fd), unix, vsock) {
+            (Ok(Some(client)), Some(listener), _) => {
+                self.mux.on_client(client, listener.socket_type, cx);
             }
-            // The kernel makes a whole socket before it finds that nobody waits for one.
-            if !is_readable(fd) {
-                return;
+            (Ok(Some(client)), None, Some((port, _))) => {
+                self.mux.on_forwarded_client(client, *port, cx);
             }
-        }
-        // There may be more, of which no new event tells.
-        self.accept_again = Some(cx.now());
-    }
-
-    fn accept_all(&mut self, cx: &mut Context) {
-        for n in 0..self.listeners.unix.len() + self.listeners.vsock.len() {
-            self.accept(n, cx);
+            (Ok(_), ..) => {}
+            (Err(error), ..) => {
+                tracing::warn!(%error, "cannot take a client now");
+                cx.unwatch(fd.as_raw_fd());
+                self.accept_again = Some(cx.now() + ACCEPT_PAUSE);
+            }
         }
     }
 
@@ -124,14 +134,16 @@ impl VsockWorker {
 
 impl QueueHandler for VsockWorker {
     fn on_init(&mut self, cx: &mut Context) -> io::Result<()> {
-        let events = Events::EPOLLIN | Events::EPOLLET;
-        let listeners = self.listeners.clone();
-        let unix = listeners.unix.iter().map(|l| l.fd.as_raw_fd());
-        let vsock = listeners.vsock.iter().map(|(_, fd)| fd.as_raw_fd());
-        for (token, fd) in (TOKEN_OWN..).zip(unix.chain(vsock)) {
-            cx.watch(fd, events, token)?;
-        }
-        cx.watch(self.mux.calls_fd(), events, TOKEN_CALLS)
+        self.watch_listeners(cx);
+        cx.watch(self.mux.calls_fd(), Events::EPOLLIN | Events::EPOLLET, TOKEN_CALLS)
+    }
+
+    fn linger_over_all(&mut self, cx: &mut Context) -> Option<Duration> {
+        let sent = cx.queues.get(RX_QUEUE).map_or(0, |q| q.metrics().bytes_written.get());
+        let taken = cx.queues.get(TX_QUEUE).map_or(0, |q| q.metrics().bytes_read.get());
+        let moved = sent.wrapping_add(taken);
+        let is_bulk = moved.wrapping_sub(std::mem::replace(&mut self.moved, moved)) >= BULK;
+        Some(if is_bulk { Duration::ZERO } else { LINGER })
     }
 
     fn on_start(&mut self, index: u16, cx: &mut Context) {
@@ -170,6 +182,10 @@ impl QueueHandler for VsockWorker {
 
     fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
         if token == TOKEN_CALLS {
+            // What the guest said before comes first: it may be the end of a connection that a call replaces.
+            if self.transmit(cx) == Progress::More {
+                cx.ask(TX_QUEUE);
+            }
             self.mux.on_calls(cx);
         } else if token & TOKEN_OWN != 0 {
             self.accept(usize::try_from(token & !TOKEN_OWN).unwrap_or(usize::MAX), cx);
@@ -182,7 +198,7 @@ impl QueueHandler for VsockWorker {
     fn on_timer(&mut self, cx: &mut Context) {
         if self.accept_again.is_some_and(|at| at <= cx.now()) {
             self.accept_again = None;
-            self.accept_all(cx);
+            self.watch_listeners(cx);
         }
         self.mux.on_timer(cx);
         self.set_timer(cx);

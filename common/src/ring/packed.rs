@@ -343,6 +343,12 @@ impl PackedRing {
         self.taken = self.taken.saturating_sub(batch);
         // As in the split ring: our store before their wish.
         fence(Ordering::SeqCst);
+        self.wants_signal(batch)
+    }
+
+    /// Whether the driver wants, as of now, an interrupt for the last `batch` descriptors shown.
+    #[inline]
+    pub(super) fn wants_signal(&self, batch: u16) -> bool {
         let flags = self.driver_event.load16(2, Ordering::Acquire);
         match flags & 3 {
             EVENT_ENABLE => true,

@@ -14,8 +14,17 @@
 //! A handler may have the loop linger ([`QueueHandler::linger`]): a ring just emptied is looked at a little
 //! longer before the driver is asked to kick again. Going to sleep and waking costs a thread some
 //! microseconds of CPU time, so a shorter look is the cheaper way if the next chain comes in time. Whether it
-//! does is learnt ([`Linger`]); a driver that is slower is looked at in vain once in 32 times. Such a queue
-//! gets up to [`Linger::ROW`] turns in a round.
+//! does is learnt ([`Habit`]); a driver that is slower is looked at in vain once in 32 times. Such a queue
+//! gets up to [`Habit::ROW`] turns in a round.
+//!
+//! A queue whose chains nobody waits for may rest instead ([`QueueHandler::rest`]): emptied, it is left alone
+//! for a while with kicks off, and looked at again then. While that finds chains, the driver never kicks, and
+//! the worker wakes once for many of them. Kicks are asked for, and the ring looked at a last time, as soon as
+//! a rest was in vain. This too is done only while it pays.
+//!
+//! A handler whose next work may as well come from its descriptors has the loop look at all of them
+//! ([`QueueHandler::linger_over_all`]): rings that were emptied stay muted meanwhile, and the driver is asked
+//! for kicks only when the loop goes to sleep.
 //!
 //! With busy-polling on, an idle loop spins over `has_available` and a non-blocking `epoll_wait` for
 //! as long as recent spins found work, at most the set time, before it sleeps.
@@ -28,6 +37,7 @@ use std::time::{Duration, Instant};
 
 use epoll::{ControlOptions, Event, Events};
 
+use super::habit::{Habit, Rests};
 use super::{Command, Control};
 use crate::ring::Queue;
 use crate::sys::{EventFd, epoll_wait_for};
@@ -179,10 +189,25 @@ pub trait QueueHandler: Send {
     /// The driver added chains to queue `index` (or may have). The loop publishes afterwards.
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress;
 
-    /// How long at most a ring just emptied is looked at before the loop sleeps, if that was worth it
+    /// How long at most queue `index`, just emptied, is looked at before the loop sleeps, if that was worth it
     /// lately. Zero: not at all.
-    fn linger(&self) -> Duration {
+    fn linger(&self, index: u16) -> Duration {
+        let _ = index;
         Duration::ZERO
+    }
+
+    /// How long queue `index`, just emptied, is left alone before it is looked at again, without a kick
+    /// meanwhile, if that was worth it lately. For queues whose chains nobody waits for. Zero: not at all.
+    fn rest(&self, index: u16) -> Duration {
+        let _ = index;
+        Duration::ZERO
+    }
+
+    /// How long at most all queues and descriptors are looked at before the loop sleeps this time, if that
+    /// was worth it lately. `None`: this handler never wants it; the answer does not change.
+    fn linger_over_all(&mut self, cx: &mut Context) -> Option<Duration> {
+        let _ = cx;
+        None
     }
 
     /// Something happened on a watched descriptor. The loop publishes all queues afterwards.
@@ -193,62 +218,6 @@ pub trait QueueHandler: Send {
     /// The timer ran out.
     fn on_timer(&mut self, cx: &mut Context) {
         let _ = cx;
-    }
-}
-
-/// Whether the next chain comes so soon that looking for it is cheaper than sleeping.
-#[derive(Debug, Default)]
-struct Linger {
-    /// Looks that were worth it, less those in vain; 0 to [`Self::MAX_CREDIT`].
-    credit: u8,
-    /// Chances let pass since the last look, when there is no credit.
-    passed: u8,
-}
-
-impl Linger {
-    const MAX_CREDIT: u8 = 8;
-    /// Without credit, one chance in so many is taken, to learn whether the driver became faster.
-    const PROBE: u8 = 32;
-    /// Looks in a row before other events get their turn.
-    const ROW: u8 = 32;
-
-    /// Whether to look this time.
-    fn chance(&mut self) -> bool {
-        if self.credit > 0 {
-            return true;
-        }
-        self.passed = (self.passed + 1) % Self::PROBE;
-        self.passed == 0
-    }
-
-    /// Takes note of how a look ended.
-    fn learn(&mut self, worth: bool) {
-        self.credit = match worth {
-            true => (self.credit + 1).min(Self::MAX_CREDIT),
-            false => self.credit.saturating_sub(1),
-        };
-    }
-
-    /// Looks at `queue` for `time` at the most; whether a chain came.
-    fn look(&mut self, queue: &Queue, time: Duration) -> bool {
-        if !self.chance() {
-            return false;
-        }
-        let start = Instant::now();
-        let found = loop {
-            // The clock is the dearest part of a round.
-            if (0..8).any(|_| {
-                std::hint::spin_loop();
-                queue.has_available()
-            }) {
-                break true;
-            }
-            if start.elapsed() >= time {
-                break false;
-            }
-        };
-        self.learn(found);
-        found
     }
 }
 
@@ -263,11 +232,20 @@ pub struct EventLoop<H> {
     kicks: Vec<(u16, RawFd)>,
     /// Spinning: how long the next one may last, adapted to success.
     spin: Duration,
-    linger: Linger,
+    linger: Habit,
+    rests: Rests,
+    /// Whether the handler wants [`QueueHandler::linger_over_all`].
+    is_patient: bool,
+    /// With patience: queues that are emptied, and whose driver is asked to kick only before sleeping.
+    emptied: Vec<u16>,
+    /// Turns of queues since descriptors were last asked.
+    row: u8,
 }
 
 /// Events taken from the kernel at once.
 const EVENT_BATCH: usize = 64;
+/// Looks at the rings for one at the descriptors, which is a system call.
+const LOOKS: u8 = 8;
 
 impl<H: QueueHandler> EventLoop<H> {
     /// A loop around `handler`.
@@ -289,7 +267,11 @@ impl<H: QueueHandler> EventLoop<H> {
             round: Vec::new(),
             kicks: Vec::new(),
             spin: Duration::ZERO,
-            linger: Linger::default(),
+            linger: Habit::default(),
+            rests: Rests::default(),
+            is_patient: false,
+            emptied: Vec::new(),
+            row: 0,
         })
     }
 
@@ -308,6 +290,7 @@ impl<H: QueueHandler> EventLoop<H> {
             tracing::error!(%error, "a worker cannot start; its queues stay unserved");
         }
         self.spin = control.options.poll;
+        self.is_patient = self.handler.linger_over_all(&mut self.cx).is_some();
         let mut events = [Event::new(Events::empty(), 0); EVENT_BATCH];
         loop {
             let n = match self.wait(&mut events, control.options.poll) {
@@ -359,6 +342,9 @@ impl<H: QueueHandler> EventLoop<H> {
             self.kick(index);
         }
         self.round = round;
+        while let Some(index) = self.rests.over(|| self.cx.now()) {
+            self.kick(index);
+        }
         if self.cx.deadline.is_some_and(|d| d <= self.cx.now()) {
             self.cx.deadline = None;
             self.handler.on_timer(&mut self.cx);
@@ -376,20 +362,33 @@ impl<H: QueueHandler> EventLoop<H> {
     /// Gives the handler a turn of queue `index`, and another while lingering finds work. What is left,
     /// or the driver added meanwhile, gets a turn in the next round.
     fn kick(&mut self, index: u16) {
-        let linger = self.handler.linger();
-        for _ in 0..Linger::ROW {
+        let linger = self.handler.linger(index);
+        for _ in 0..Habit::ROW {
             let Some(queue) = self.cx.queues.get(index) else { return };
             queue.disable_notifications();
+            let before = queue.metrics().requests.get();
             let progress = self.handler.on_kick(index, &mut self.cx);
             // The handler may have filled other queues too (vsock answers on its receive queue).
             self.publish_all();
-            let Some(queue) = self.cx.queues.get(index) else { return };
             match progress {
                 Progress::Waiting => return,
                 Progress::More => break,
+                Progress::Emptied if self.is_patient => {
+                    if !self.emptied.contains(&index) {
+                        self.emptied.push(index);
+                    }
+                    return;
+                }
                 Progress::Emptied => {}
             }
-            if linger.is_zero() || !self.linger.look(queue, linger) {
+            let (now, rest) = (self.cx.now.get(), self.handler.rest(index));
+            let Some(queue) = self.cx.queues.get(index) else { return };
+            let came = queue.metrics().requests.get().wrapping_sub(before);
+            let until = || now.unwrap_or_else(Instant::now) + rest;
+            if !rest.is_zero() && self.rests.begin(index, came, until) {
+                return;
+            }
+            if linger.is_zero() || !self.linger.look(linger, || queue.has_available()) {
                 if !queue.enable_notifications() {
                     return;
                 }
@@ -416,6 +415,8 @@ impl<H: QueueHandler> EventLoop<H> {
                 self.publish_all();
                 self.watch_kick(index, None);
                 self.cx.again.retain(|&i| i != index);
+                self.rests.forget(index);
+                self.emptied.retain(|&i| i != index);
                 // The session gave up waiting only if it is gone.
                 let _ = reply.send(self.cx.queues.take(index));
             }
@@ -483,13 +484,90 @@ impl<H: QueueHandler> EventLoop<H> {
             self.poll_kickless();
             return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
         }
-        if !poll.is_zero()
+        if self.is_patient {
+            if let Some(n) = self.look_around(events, poll)? {
+                return Ok(n);
+            }
+        } else if !poll.is_zero()
             && let Some(n) = self.spin(events, poll)?
         {
             return Ok(n);
         }
-        let timeout = self.cx.deadline.map(|d| d.saturating_duration_since(self.cx.now()));
+        let timeout = self.deadline().map(|d| d.saturating_duration_since(self.cx.now()));
         wait_for(self.cx.epoll, timeout, events)
+    }
+
+    /// When there is something to do whatever happens: the timer runs out, or a rest is over.
+    fn deadline(&self) -> Option<Instant> {
+        match (self.cx.deadline, self.rests.first()) {
+            (Some(timer), Some(rest)) => Some(timer.min(rest)),
+            (timer, rest) => timer.or(rest),
+        }
+    }
+
+    /// Looks at everything for as long as is worth it (or `poll`, if that is longer), and unmutes what it
+    /// looked at. `None`: nothing came, go to sleep.
+    fn look_around(&mut self, events: &mut [Event], poll: Duration) -> io::Result<Option<usize>> {
+        let patience = self.handler.linger_over_all(&mut self.cx).unwrap_or_default().max(poll);
+        if !poll.is_zero() || (!patience.is_zero() && self.linger.chance()) {
+            let found = self.look_for_work(events, patience)?;
+            self.linger.learn(found.is_some());
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        let Self { cx, emptied, .. } = self;
+        for &index in &*emptied {
+            if cx.queues.get(index).is_some_and(Queue::enable_notifications) {
+                cx.ask(index);
+            }
+        }
+        if cx.again.is_empty() {
+            return Ok(None);
+        }
+        wait_for(cx.epoll, Some(Duration::ZERO), events).map(Some)
+    }
+
+    /// The looking itself; rings first, since that costs next to nothing.
+    fn look_for_work(
+        &mut self,
+        events: &mut [Event],
+        patience: Duration,
+    ) -> io::Result<Option<usize>> {
+        let start = Instant::now();
+        let deadline = self.deadline();
+        for &index in &self.emptied {
+            if let Some(queue) = self.cx.queues.get(index) {
+                queue.disable_notifications();
+            }
+        }
+        loop {
+            for _ in 0..LOOKS {
+                if let Some(index) = self.emptied_with_work() {
+                    self.cx.ask(index);
+                    self.row += 1;
+                    if self.row < Habit::ROW {
+                        return Ok(Some(0));
+                    }
+                    break;
+                }
+                std::hint::spin_loop();
+            }
+            self.row = 0;
+            let n = wait_for(self.cx.epoll, Some(Duration::ZERO), events)?;
+            if n > 0 || !self.cx.again.is_empty() {
+                return Ok(Some(n));
+            }
+            let now = Instant::now();
+            if now - start >= patience || deadline.is_some_and(|d| d <= now) {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn emptied_with_work(&mut self) -> Option<u16> {
+        let Self { cx, emptied, .. } = self;
+        emptied.iter().copied().find(|&i| cx.queues.get(i).is_some_and(|q| q.has_available()))
     }
 
     fn poll_kickless(&mut self) {
@@ -508,15 +586,14 @@ impl<H: QueueHandler> EventLoop<H> {
 
     /// Looks for work for up to the adapted time. `None`: found none, go to sleep.
     fn spin(&mut self, events: &mut [Event], poll: Duration) -> io::Result<Option<usize>> {
-        let start = Instant::now();
+        let (start, deadline) = (Instant::now(), self.deadline());
         loop {
             let n = wait_for(self.cx.epoll, Some(Duration::ZERO), events)?;
             if n > 0 {
                 self.spin = (self.spin * 2).clamp(Duration::from_micros(1), poll);
                 return Ok(Some(n));
             }
-            if start.elapsed() >= self.spin || self.cx.deadline.is_some_and(|d| d <= Instant::now())
-            {
+            if start.elapsed() >= self.spin || deadline.is_some_and(|d| d <= Instant::now()) {
                 // Half as long next time, down to a probe that can grow again.
                 self.spin = (self.spin / 2).max(Duration::from_micros(1)).min(poll);
                 return Ok(None);
@@ -551,35 +628,5 @@ fn wait_for(epoll: RawFd, timeout: Option<Duration>, events: &mut [Event]) -> io
         Ok(n) => Ok(n),
         Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
         Err(e) => Err(e),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn looks_are_worth_it_or_become_rare() {
-        let mut linger = Linger::default();
-        // A driver that is never fast: one look in 32 chances.
-        let looks = (0..320).filter(|_| {
-            let look = linger.chance();
-            if look {
-                linger.learn(false);
-            }
-            look
-        });
-        assert_eq!(looks.count(), 10);
-        // One that has become fast is looked at each time, and forgiven some slow answers.
-        while !linger.chance() {}
-        for _ in 0..100 {
-            linger.learn(true);
-            assert!(linger.chance());
-        }
-        let forgiven = (0..100).take_while(|_| {
-            linger.learn(false);
-            linger.chance()
-        });
-        assert_eq!(forgiven.count(), usize::from(Linger::MAX_CREDIT) - 1);
     }
 }

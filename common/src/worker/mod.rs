@@ -6,6 +6,7 @@
 
 mod control;
 mod event_loop;
+mod habit;
 mod pool;
 mod uring_loop;
 mod uring_memory;

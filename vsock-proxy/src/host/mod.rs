@@ -9,7 +9,6 @@ pub(crate) mod vsock;
 use std::io::Error;
 use std::os::fd::OwnedFd;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType as Kind, socket_with};
 
 use crate::packet::SocketType;
@@ -58,12 +57,4 @@ pub(crate) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, Error> {
             Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// Whether `fd` has something to read, or a client to accept; at once.
-pub(crate) fn is_readable(fd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fd, PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    // What cannot be asked is tried.
-    poll(&mut fds, Some(&now)) != Ok(0)
 }

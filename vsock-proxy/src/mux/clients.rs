@@ -23,12 +23,28 @@ use crate::sibling::{ACCEPTED, Call};
 enum Said {
     /// It waits for more.
     NotYet,
-    /// It wants a connection to this port.
-    Connect(Port),
-    /// The same, with what it passed as the host's end.
+    /// It wants a connection to this port, and may have said more.
+    Connect { port: Port, more: bool },
+    /// It wants one with what it passed as the host's end.
     Pass(Port, HostStream),
     /// It wants nothing that we have, or left.
     Goodbye,
+}
+
+/// The host's end of a client's connection.
+enum Host {
+    /// The client's socket.
+    Itself(Next),
+    /// What it passed.
+    Passed(HostStream),
+}
+
+/// What is known of a client's socket behind its greeting.
+struct Next {
+    /// There may be more; what comes later makes an event.
+    readable: bool,
+    /// It writes no more.
+    ending: bool,
 }
 
 impl Mux {
@@ -39,25 +55,18 @@ impl Mux {
             return;
         }
         let deadline = cx.now() + GREETING_TIMEOUT;
-        let client = Client { stream, socket_type, passes: false, is_watched: false, deadline };
+        let client = Client { stream, socket_type, passes: false, deadline };
         let at = self.insert(State::Client(Box::new(client)));
-        // Most have said it already, and are watched as connections from then on.
-        self.listen_to(at, Events::empty(), cx);
-        self.wait_for_greeting(at, cx);
-    }
-
-    /// Watches slot `at` if it is still a client's, for a limited time.
-    fn wait_for_greeting(&mut self, at: u32, cx: &Context) {
         let token = self.token(at);
-        let Some(State::Client(client)) = self.slots.get_mut(at as usize).map(|s| &mut s.state)
-        else {
-            return;
-        };
+        let State::Client(client) = &self.slots[at as usize].state else { return };
+        // Watched before it is heard: most say it right after coming, and have said it by then.
         if !watch(cx, client.stream.as_raw_fd(), token, Events::empty()) {
             return self.remove(at, cx);
         }
-        client.is_watched = true;
-        self.timers.add(client.deadline, token);
+        self.listen_to(at, Events::empty(), cx);
+        if matches!(&self.slots[at as usize].state, State::Client(_)) && self.token(at) == token {
+            self.timers.add(deadline, token);
+        }
     }
 
     /// A client came by AF_VSOCK, to a port that stands for the guest's of the same number.
@@ -70,7 +79,7 @@ impl Mux {
         let key = Key { cid: Cid::HOST, port: local, guest_port: port };
         let connection = Connection::requesting(SocketType::Stream, self.config.tx_buffer_size);
         let at = self.add_live(key, connection, OnAccept::Silence, cx);
-        if !self.attach(at, HostStream::vsock(stream, SocketType::Stream), false, cx) {
+        if !self.attach(at, HostStream::vsock(stream, SocketType::Stream), cx) {
             self.refuse(at);
         }
         self.settle(at, cx);
@@ -100,7 +109,7 @@ impl Mux {
         let connection = Connection::requesting(call.socket_type, buf_alloc);
         let at = self.add_live(key, connection, OnAccept::Byte, cx);
         let stream = HostStream::sibling(call.stream, call.socket_type);
-        if !self.attach(at, stream, false, cx) {
+        if !self.attach(at, stream, cx) {
             self.refuse(at);
         }
         self.settle(at, cx);
@@ -166,20 +175,16 @@ impl Mux {
             Said::NotYet if ending => self.remove(at, cx),
             Said::NotYet => {}
             Said::Goodbye => self.remove(at, cx),
-            Said::Connect(port) => self.promote(at, port, None, ending, cx),
-            Said::Pass(port, stream) => self.promote(at, port, Some(stream), ending, cx),
+            Said::Connect { port, more } => {
+                let next = Next { readable: more || ending, ending };
+                self.promote(at, port, Host::Itself(next), cx);
+            }
+            Said::Pass(port, stream) => self.promote(at, port, Host::Passed(stream), cx),
         }
     }
 
     /// A client becomes a connection to `port`, in the same slot: its socket stays watched.
-    fn promote(
-        &mut self,
-        at: u32,
-        port: Port,
-        passed: Option<HostStream>,
-        ending: bool,
-        cx: &mut Context,
-    ) {
+    fn promote(&mut self, at: u32, port: Port, host: Host, cx: &mut Context) {
         let local = self.free_port(port).filter(|_| self.config.policy.host_may_reach(port));
         let Some(local) = local else {
             self.counters.refused.add(1);
@@ -188,26 +193,25 @@ impl Mux {
         let State::Client(client) = std::mem::take(&mut self.slots[at as usize].state) else {
             return;
         };
-        let Client { stream: socket, socket_type, is_watched, .. } = *client;
-        let (stream, is_watched, on_accept) = match passed {
-            Some(stream) => {
-                if is_watched {
-                    cx.unwatch(socket.as_raw_fd());
-                }
-                (stream, false, OnAccept::OkOn(socket))
-            }
-            None => {
-                prepare(&socket, socket_type, self.config.tx_buffer_size);
-                (HostStream::unix(socket, socket_type), is_watched, OnAccept::Ok)
-            }
-        };
+        let Client { stream: socket, socket_type, .. } = *client;
         let connection = Connection::requesting(socket_type, self.config.tx_buffer_size);
         let key = Key { cid: Cid::HOST, port: local, guest_port: port };
-        self.make_live(at, key, connection, on_accept, cx);
-        // A file that was passed cannot be watched, and is always ready.
-        self.attach(at, stream, is_watched, cx);
-        if let Some(live) = self.live(at) {
-            live.ending |= ending && is_watched;
+        match host {
+            Host::Itself(next) => {
+                prepare(&socket, socket_type, self.config.tx_buffer_size);
+                self.make_live(at, key, connection, OnAccept::Ok, cx);
+                if let Some(live) = self.live(at) {
+                    live.stream = Some(HostStream::unix(socket, socket_type));
+                    live.readable = next.readable;
+                    live.ending = next.ending;
+                }
+            }
+            Host::Passed(stream) => {
+                cx.unwatch(socket.as_raw_fd());
+                self.make_live(at, key, connection, OnAccept::OkOn(socket), cx);
+                // A file cannot be watched, and is always ready.
+                self.attach(at, stream, cx);
+            }
         }
         self.settle(at, cx);
         self.pump(cx);
@@ -275,11 +279,13 @@ fn hear(client: &mut Client) -> Said {
     match parse_greeting(line.get(..len).unwrap_or(&[])) {
         Greeting::Incomplete => Said::NotYet,
         Greeting::Nonsense => Said::Goodbye,
-        Greeting::Connect { port, len } => {
-            if !consume(client, len) {
+        Greeting::Connect { port, len: greeting } => {
+            if !consume(client, greeting) {
                 return Said::Goodbye;
             }
-            Said::Connect(port)
+            // What comes after this look makes an event.
+            let more = len > greeting || client.socket_type == SocketType::SeqPacket;
+            Said::Connect { port, more }
         }
         Greeting::PassFd { .. } if client.socket_type == SocketType::SeqPacket => Said::Goodbye,
         Greeting::PassFd { len } => {

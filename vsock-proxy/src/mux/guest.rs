@@ -228,7 +228,7 @@ impl Mux {
             HostSide::Unix(_) => HostStream::unix(fd, socket_type),
             HostSide::Vsock { .. } => HostStream::vsock(fd, socket_type),
         };
-        if self.attach(at, stream, false, cx) {
+        if self.attach(at, stream, cx) {
             self.on_host_connected(at);
         } else {
             self.refuse(at);
@@ -258,7 +258,7 @@ impl Mux {
                 if let Some(live) = self.live(at) {
                     live.side = Side::Called;
                 }
-                if !self.attach(at, HostStream::sibling(fd, socket_type), false, cx) {
+                if !self.attach(at, HostStream::sibling(fd, socket_type), cx) {
                     self.refuse(at);
                 }
             }
