@@ -353,6 +353,15 @@ impl InodeStore {
         read(self.shard(id)).get(id).map(Node::info)
     }
 
+    /// Identity and birth time of a node that is still found by them; not the root's.
+    #[inline]
+    #[must_use]
+    pub fn identity(&self, id: u64) -> Option<(Key, u64)> {
+        let shard = read(self.shard(id));
+        let node = shard.get(id).filter(|node| node.indexed)?;
+        Some((node.key, node.birth_ns))
+    }
+
     /// File type (`S_IFMT` bits) and whether it is a submount; cheaper than [`Self::info`].
     #[inline]
     #[must_use]

@@ -44,6 +44,12 @@ const LOCK_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::fr
 /// sleeping and waking cost.
 const LINGER: Duration = Duration::from_micros(3);
 
+/// The high-priority queue. It carries FORGET and INTERRUPT, which have no replies.
+const HIGH_PRIORITY: u16 = 0;
+/// How long that queue is left alone while FORGETs come fast. At one for every microsecond they do not fill
+/// a ring of 128, the smallest in use, and nobody can tell that an INTERRUPT was so much later.
+const REST: Duration = Duration::from_micros(50);
+
 /// A batch of requests done at once that took so long, a nanosecond for each byte moved taken off, may have
 /// waited for storage.
 const SLOW_BATCH: Duration = Duration::from_millis(2);
@@ -304,7 +310,7 @@ impl<F: Extension> FsWorker<F> {
             }
         }
         self.finished = finished;
-        self.rest(cx);
+        self.before_waiting(cx);
     }
 
     /// Counts the batch that began at `begun` and is to be published; gives the begin of the next.
@@ -317,7 +323,7 @@ impl<F: Extension> FsWorker<F> {
     }
 
     /// Before the loop is left: shows what is not done yet, and has waiting locks tried again soon.
-    fn rest(&self, cx: &mut Context) {
+    fn before_waiting(&self, cx: &mut Context) {
         self.gauges.in_flight.set((self.away + self.locks.len()) as u64);
         if !self.locks.is_empty() {
             cx.set_timer(Some(Instant::now() + self.lock_pause));
@@ -401,12 +407,16 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
         }
         let done = self.count_batch(begun);
         self.end_batch(queue, done.duration_since(start), waits);
-        self.rest(cx);
+        self.before_waiting(cx);
         progress
     }
 
-    fn linger(&self) -> Duration {
-        LINGER
+    fn linger(&self, index: u16) -> Duration {
+        if index == HIGH_PRIORITY { Duration::ZERO } else { LINGER }
+    }
+
+    fn rest(&self, index: u16) -> Duration {
+        if index == HIGH_PRIORITY { REST } else { Duration::ZERO }
     }
 
     fn on_event(&mut self, token: u64, _events: Events, cx: &mut Context) {
@@ -425,7 +435,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
             self.settle(chain, outcome, queue);
         }
         self.lock_pause = pause;
-        self.rest(cx);
+        self.before_waiting(cx);
     }
 }
 

@@ -14,8 +14,13 @@
 //! A handler may have the loop linger ([`QueueHandler::linger`]): a ring just emptied is looked at a little
 //! longer before the driver is asked to kick again. Going to sleep and waking costs a thread some
 //! microseconds of CPU time, so a shorter look is the cheaper way if the next chain comes in time. Whether it
-//! does is learnt ([`Linger`]); a driver that is slower is looked at in vain once in 32 times. Such a queue
-//! gets up to [`Linger::ROW`] turns in a round.
+//! does is learnt ([`Habit`]); a driver that is slower is looked at in vain once in 32 times. Such a queue
+//! gets up to [`Habit::ROW`] turns in a round.
+//!
+//! A queue whose chains nobody waits for may rest instead ([`QueueHandler::rest`]): emptied, it is left alone
+//! for a while with kicks off, and looked at again then. While that finds chains, the driver never kicks, and
+//! the worker wakes once for many of them. Kicks are asked for, and the ring looked at a last time, as soon as
+//! a rest was in vain. This too is done only while it pays.
 //!
 //! A handler whose next work may as well come from its descriptors has the loop look at all of them
 //! ([`QueueHandler::linger_over_all`]): rings that were emptied stay muted meanwhile, and the driver is asked
@@ -32,7 +37,7 @@ use std::time::{Duration, Instant};
 
 use epoll::{ControlOptions, Event, Events};
 
-use super::linger::Linger;
+use super::habit::{Habit, Rests};
 use super::{Command, Control};
 use crate::ring::Queue;
 use crate::sys::{EventFd, epoll_wait_for};
@@ -184,9 +189,17 @@ pub trait QueueHandler: Send {
     /// The driver added chains to queue `index` (or may have). The loop publishes afterwards.
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress;
 
-    /// How long at most a ring just emptied is looked at before the loop sleeps, if that was worth it
+    /// How long at most queue `index`, just emptied, is looked at before the loop sleeps, if that was worth it
     /// lately. Zero: not at all.
-    fn linger(&self) -> Duration {
+    fn linger(&self, index: u16) -> Duration {
+        let _ = index;
+        Duration::ZERO
+    }
+
+    /// How long queue `index`, just emptied, is left alone before it is looked at again, without a kick
+    /// meanwhile, if that was worth it lately. For queues whose chains nobody waits for. Zero: not at all.
+    fn rest(&self, index: u16) -> Duration {
+        let _ = index;
         Duration::ZERO
     }
 
@@ -226,7 +239,8 @@ pub struct EventLoop<H> {
     kicks: Vec<(u16, RawFd)>,
     /// Spinning: how long the next one may last, adapted to success.
     spin: Duration,
-    linger: Linger,
+    linger: Habit,
+    rests: Rests,
     /// Whether the handler wants [`QueueHandler::linger_over_all`].
     is_patient: bool,
     /// With patience: queues that are emptied, and whose driver is asked to kick only before sleeping.
@@ -260,7 +274,8 @@ impl<H: QueueHandler> EventLoop<H> {
             round: Vec::new(),
             kicks: Vec::new(),
             spin: Duration::ZERO,
-            linger: Linger::default(),
+            linger: Habit::default(),
+            rests: Rests::default(),
             is_patient: false,
             emptied: Vec::new(),
             row: 0,
@@ -334,6 +349,9 @@ impl<H: QueueHandler> EventLoop<H> {
             self.kick(index);
         }
         self.round = round;
+        while let Some(index) = self.rests.over(|| self.cx.now()) {
+            self.kick(index);
+        }
         if self.cx.deadline.is_some_and(|d| d <= self.cx.now()) {
             self.cx.deadline = None;
             self.handler.on_timer(&mut self.cx);
@@ -351,14 +369,14 @@ impl<H: QueueHandler> EventLoop<H> {
     /// Gives the handler a turn of queue `index`, and another while lingering finds work. What is left,
     /// or the driver added meanwhile, gets a turn in the next round.
     fn kick(&mut self, index: u16) {
-        let linger = self.handler.linger();
-        for _ in 0..Linger::ROW {
+        let linger = self.handler.linger(index);
+        for _ in 0..Habit::ROW {
             let Some(queue) = self.cx.queues.get(index) else { return };
             queue.disable_notifications();
+            let before = queue.metrics().requests.get();
             let progress = self.handler.on_kick(index, &mut self.cx);
             // The handler may have filled other queues too (vsock answers on its receive queue).
             self.publish_all();
-            let Some(queue) = self.cx.queues.get(index) else { return };
             match progress {
                 Progress::Waiting => return,
                 Progress::More => break,
@@ -370,7 +388,14 @@ impl<H: QueueHandler> EventLoop<H> {
                 }
                 Progress::Emptied => {}
             }
-            if linger.is_zero() || !self.linger.look(queue, linger) {
+            let (now, rest) = (self.cx.now.get(), self.handler.rest(index));
+            let Some(queue) = self.cx.queues.get(index) else { return };
+            let came = queue.metrics().requests.get().wrapping_sub(before);
+            let until = || now.unwrap_or_else(Instant::now) + rest;
+            if !rest.is_zero() && self.rests.begin(index, came, until) {
+                return;
+            }
+            if linger.is_zero() || !self.linger.look(linger, || queue.has_available()) {
                 if !queue.enable_notifications() {
                     return;
                 }
@@ -397,6 +422,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 self.publish_all();
                 self.watch_kick(index, None);
                 self.cx.again.retain(|&i| i != index);
+                self.rests.forget(index);
                 self.emptied.retain(|&i| i != index);
                 // The session gave up waiting only if it is gone.
                 let _ = reply.send(self.cx.queues.take(index));
@@ -459,11 +485,11 @@ impl<H: QueueHandler> EventLoop<H> {
     /// Waits for events, spinning first if asked to.
     fn wait(&mut self, events: &mut [Event], poll: Duration) -> io::Result<usize> {
         if !self.cx.again.is_empty() {
-            return self.ask_epoll(Some(Duration::ZERO), events);
+            return self.ask_epoll(events);
         }
         if self.must_poll() {
             self.poll_kickless();
-            return self.ask_epoll(Some(Duration::ZERO), events);
+            return self.ask_epoll(events);
         }
         if self.is_patient {
             if let Some(n) = self.look_around(events, poll)? {
@@ -474,16 +500,29 @@ impl<H: QueueHandler> EventLoop<H> {
         {
             return Ok(n);
         }
-        let timeout = self.cx.deadline.map(|d| d.saturating_duration_since(self.cx.now()));
-        self.ask_epoll(timeout, events)
+        self.before_asking();
+        let timeout = self.deadline().map(|d| d.saturating_duration_since(self.cx.now()));
+        wait_for(self.cx.epoll, timeout, events)
     }
 
-    /// Asks the kernel for events.
-    fn ask_epoll(&mut self, timeout: Option<Duration>, events: &mut [Event]) -> io::Result<usize> {
+    fn before_asking(&mut self) {
         if self.handler.on_wait(&mut self.cx) {
             self.publish_all();
         }
-        wait_for(self.cx.epoll, timeout, events)
+    }
+
+    /// Asks the kernel for events, without waiting for any.
+    fn ask_epoll(&mut self, events: &mut [Event]) -> io::Result<usize> {
+        self.before_asking();
+        wait_for(self.cx.epoll, Some(Duration::ZERO), events)
+    }
+
+    /// When there is something to do whatever happens: the timer runs out, or a rest is over.
+    fn deadline(&self) -> Option<Instant> {
+        match (self.cx.deadline, self.rests.first()) {
+            (Some(timer), Some(rest)) => Some(timer.min(rest)),
+            (timer, rest) => timer.or(rest),
+        }
     }
 
     /// Looks at everything for as long as is worth it (or `poll`, if that is longer), and unmutes what it
@@ -506,7 +545,7 @@ impl<H: QueueHandler> EventLoop<H> {
         if self.cx.again.is_empty() {
             return Ok(None);
         }
-        self.ask_epoll(Some(Duration::ZERO), events).map(Some)
+        self.ask_epoll(events).map(Some)
     }
 
     /// The looking itself; rings first, since that costs next to nothing.
@@ -516,7 +555,7 @@ impl<H: QueueHandler> EventLoop<H> {
         patience: Duration,
     ) -> io::Result<Option<usize>> {
         let start = Instant::now();
-        let deadline = self.cx.deadline;
+        let deadline = self.deadline();
         for &index in &self.emptied {
             if let Some(queue) = self.cx.queues.get(index) {
                 queue.disable_notifications();
@@ -527,7 +566,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 if let Some(index) = self.emptied_with_work() {
                     self.cx.ask(index);
                     self.row += 1;
-                    if self.row < Linger::ROW {
+                    if self.row < Habit::ROW {
                         return Ok(Some(0));
                     }
                     break;
@@ -535,7 +574,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 std::hint::spin_loop();
             }
             self.row = 0;
-            let n = self.ask_epoll(Some(Duration::ZERO), events)?;
+            let n = self.ask_epoll(events)?;
             if n > 0 || !self.cx.again.is_empty() {
                 return Ok(Some(n));
             }
@@ -567,15 +606,14 @@ impl<H: QueueHandler> EventLoop<H> {
 
     /// Looks for work for up to the adapted time. `None`: found none, go to sleep.
     fn spin(&mut self, events: &mut [Event], poll: Duration) -> io::Result<Option<usize>> {
-        let start = Instant::now();
+        let (start, deadline) = (Instant::now(), self.deadline());
         loop {
-            let n = self.ask_epoll(Some(Duration::ZERO), events)?;
+            let n = self.ask_epoll(events)?;
             if n > 0 {
                 self.spin = (self.spin * 2).clamp(Duration::from_micros(1), poll);
                 return Ok(Some(n));
             }
-            if start.elapsed() >= self.spin || self.cx.deadline.is_some_and(|d| d <= Instant::now())
-            {
+            if start.elapsed() >= self.spin || deadline.is_some_and(|d| d <= Instant::now()) {
                 // Half as long next time, down to a probe that can grow again.
                 self.spin = (self.spin / 2).max(Duration::from_micros(1)).min(poll);
                 return Ok(None);

@@ -6,7 +6,7 @@
 
 mod control;
 mod event_loop;
-mod linger;
+mod habit;
 mod pool;
 mod uring_loop;
 mod uring_memory;

@@ -145,16 +145,17 @@ fn lookup(c: &mut FsClient, n: usize, depth: usize) -> Result<()> {
     c.pump(1, depth, n, |_| named(1, op::LOOKUP, "file"))
 }
 
-/// LOOKUP, GETATTR and FORGET of one file after another: the inode is new each time.
+/// LOOKUP, GETATTR and FORGET of one file after another: the inode is new each time. As with Linux, nobody
+/// waits for a FORGET to come back.
 fn stat_each(c: &mut FsClient, f: &Files, n: usize) -> Result<()> {
     for i in 0..n {
         let found =
             c.call_spinning(&named(f.many, op::LOOKUP, &format!("entry-{}", i % ENTRIES)))?;
         let inode = found.u64_at(0)?;
         c.call_spinning(&Message::new(op::GETATTR, inode, &[0u64; 2]))?.u64_at(0)?;
-        c.forget(inode, 1)?;
+        c.forget_unawaited(inode, 1)?;
     }
-    Ok(())
+    c.await_forgets()
 }
 
 fn read(c: &mut FsClient, f: &Files, n: usize, depth: usize, size: u32) -> Result<()> {
@@ -177,9 +178,9 @@ fn create_unlink(c: &mut FsClient, n: usize) -> Result<()> {
         let (inode, handle) = (made.u64_at(0)?, made.u64_at(128)?);
         c.call_spinning(&Message::new(op::RELEASE, inode, &[handle, 0, 0]))?;
         c.call_spinning(&named(1, op::UNLINK, &name))?;
-        c.forget(inode, 1)?;
+        c.forget_unawaited(inode, 1)?;
     }
-    Ok(())
+    c.await_forgets()
 }
 
 /// Whole listings of the directory of 10,000.
@@ -189,10 +190,10 @@ fn list(c: &mut FsClient, f: &Files, n: usize, opcode: u32) -> Result<()> {
         list_once(c, f.many, opcode, &mut found)?;
         ensure!(found.len() == ENTRIES || opcode == op::READDIR, "{} entries", found.len());
         for inode in found.drain(..) {
-            c.forget(inode, 1)?;
+            c.forget_unawaited(inode, 1)?;
         }
     }
-    Ok(())
+    c.await_forgets()
 }
 
 /// One listing of `directory`; READDIRPLUS puts the inodes into `found`.

@@ -23,6 +23,11 @@ const REPLY_ROOM: u64 = 4096;
 const IN_HEADER: usize = 40;
 const OUT_HEADER: u32 = 16;
 const PAGE: u32 = 4096;
+/// How many FORGETs that nobody waits for may be in the ring at a time, and the room for each, bytes.
+const FORGETS: usize = 256;
+const FORGET_ROOM: u64 = 64;
+/// The cookies of these FORGETs begin here, above all slots.
+const FORGET_COOKIES: u64 = 1 << 32;
 
 /// Operations by number. `include/uapi/linux/fuse.h`.
 #[allow(missing_docs, reason = "names are those of the header")]
@@ -151,7 +156,8 @@ impl Size {
     fn memory(&self) -> u64 {
         let ring = u64::from(self.ring);
         let rings = u64::from(self.queues + 1) * (16 * ring * ring + 64 * ring);
-        (self.depth as u64 * self.slot() + rings + (1 << 20)).next_multiple_of(2 << 20)
+        let forgets = FORGETS as u64 * FORGET_ROOM;
+        (self.depth as u64 * self.slot() + rings + forgets + (1 << 20)).next_multiple_of(2 << 20)
     }
 }
 
@@ -168,6 +174,9 @@ pub struct FsClient {
     pub max_pages: u16,
     ram: Arc<GuestRam>,
     slots: u64,
+    /// Room for FORGETs that nobody waits for, and which of it is free.
+    forgets: u64,
+    forgets_free: Vec<u64>,
     size: Size,
     unique: u64,
     /// By slot: the reply's payload goes to the room for data.
@@ -230,6 +239,8 @@ impl FsClient {
             max_write: 0,
             max_pages: 0,
             slots: ram.alloc(size.depth as u64 * size.slot(), 4096)?,
+            forgets: ram.alloc(FORGETS as u64 * FORGET_ROOM, 4096)?,
+            forgets_free: (0..FORGETS as u64).collect(),
             ram,
             unique: 2,
             data_comes: vec![false; size.depth],
@@ -362,7 +373,56 @@ impl FsClient {
     pub fn forget(&mut self, nodeid: u64, count: u64) -> Result<()> {
         self.add(0, 0, &Message::new(op::FORGET, nodeid, &count))?;
         self.queues[0].kick();
-        self.queues[0].poll_used(PATIENCE).map(drop)
+        while let Some(number) =
+            self.queues[0].poll_used(PATIENCE)?.cookie.checked_sub(FORGET_COOKIES)
+        {
+            self.forgets_free.push(number);
+        }
+        Ok(())
+    }
+
+    /// FORGET as Linux sends it: one buffer, and nobody waits for it to come back, unless there is no room
+    /// for another one.
+    ///
+    /// # Errors
+    /// There is none for long.
+    pub fn forget_unawaited(&mut self, nodeid: u64, count: u64) -> Result<()> {
+        self.take_forgets();
+        if self.forgets_free.is_empty() {
+            let used = self.queues[0].poll_used(PATIENCE)?;
+            self.forgets_free.push(used.cookie.wrapping_sub(FORGET_COOKIES));
+        }
+        let number = self.forgets_free.pop().context("room for a FORGET")?;
+        self.unique += 2;
+        let len = u32::try_from(IN_HEADER)? + 8;
+        self.bytes.clear();
+        self.bytes.extend([len, op::FORGET].as_bytes());
+        self.bytes.extend([self.unique, nodeid, 0, 0, count].as_bytes());
+        let at = self.forgets + number * FORGET_ROOM;
+        self.ram.write(at, &self.bytes);
+        let added = self.queues[0].add(&[Buffer::readable(at, len)], FORGET_COOKIES + number);
+        ensure!(added, "the high-priority queue is full");
+        self.queues[0].kick();
+        Ok(())
+    }
+
+    /// Takes back what of the unawaited FORGETs is done.
+    fn take_forgets(&mut self) {
+        while let Some(used) = self.queues[0].used() {
+            self.forgets_free.push(used.cookie.wrapping_sub(FORGET_COOKIES));
+        }
+    }
+
+    /// Waits until all unawaited FORGETs are done.
+    ///
+    /// # Errors
+    /// They are not for long.
+    pub fn await_forgets(&mut self) -> Result<()> {
+        while self.forgets_free.len() < FORGETS {
+            let used = self.queues[0].poll_used(PATIENCE)?;
+            self.forgets_free.push(used.cookie.wrapping_sub(FORGET_COOKIES));
+        }
+        Ok(())
     }
 
     /// Looks `name` up in `parent`.

@@ -74,7 +74,7 @@ impl PassthroughFs {
         {
             return sys::statx(file.fd.as_fd(), c"", flags, mask);
         }
-        sys::statx(self.node_fd(id)?.as_fd(), c"", flags, mask)
+        self.statx_node(id, flags, mask)
     }
 
     /// GETATTR.

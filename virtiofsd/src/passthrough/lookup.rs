@@ -50,7 +50,11 @@ impl PassthroughFs {
         let known = if birth == 0 { held() } else { self.inodes.look_up(key, birth).or_else(held) };
         let id = match known {
             Some(id) => id,
-            None => self.adopt(parent, dir, name, &mut stat)?,
+            None => {
+                let id = self.adopt(parent, dir, name, &mut stat)?;
+                self.recent.note(id, parent, name);
+                id
+            }
         };
         Ok(self.entry_of(id, &stat))
     }
@@ -143,15 +147,17 @@ impl PassthroughFs {
     pub(super) fn node_fd(&self, id: u64) -> io::Result<NodeFd> {
         match self.inodes.fd(id) {
             Some(fd) => Ok(fd),
-            None => self.reopen(id),
+            None => Ok(self.reopen(id)?.0),
         }
     }
 
-    /// Opens a node again that has no fd, and makes sure it is the same inode.
+    /// Opens a node again that has no fd, and makes sure it is the same inode; the attributes are those by
+    /// which it did.
     #[cold]
-    fn reopen(&self, id: u64) -> io::Result<NodeFd> {
+    fn reopen(&self, id: u64) -> io::Result<(NodeFd, Option<libc::statx>)> {
         let info = self.inodes.info(id).ok_or(errno(libc::ESTALE))?;
         let fd = self.open_handle(id, &info, libc::O_PATH)?;
+        let mut attributes = None;
         if !info.verified {
             let stat = sys::statx(fd.as_fd(), c"", 0, sys::STATX_MASK)?;
             let same = key_of(&stat) == info.key
@@ -160,8 +166,41 @@ impl PassthroughFs {
                 self.inodes.detach(id);
                 return Err(errno(libc::ESTALE));
             }
+            attributes = Some(stat);
         }
-        Ok(self.inodes.set_fd(id, NodeFd::new(fd)))
+        Ok((self.inodes.set_fd(id, NodeFd::new(fd)), attributes))
+    }
+
+    /// `statx(2)` of a node, with nothing in `mask` that is not in [`sys::STATX_MASK`].
+    #[inline]
+    pub(super) fn statx_node(&self, id: u64, flags: i32, mask: u32) -> io::Result<libc::statx> {
+        match self.inodes.fd(id) {
+            Some(fd) => sys::statx(fd.as_fd(), c"", flags, mask),
+            None => self.statx_cold(id, flags, mask),
+        }
+    }
+
+    /// As [`Self::statx_node`], of a node without an fd.
+    fn statx_cold(&self, id: u64, flags: i32, mask: u32) -> io::Result<libc::statx> {
+        if let Some(stat) = self.statx_by_name(id, flags) {
+            return Ok(stat);
+        }
+        match self.reopen(id)? {
+            (_, Some(stat)) if flags == 0 => Ok(stat),
+            (fd, _) => sys::statx(fd.as_fd(), c"", flags, mask),
+        }
+    }
+
+    /// `statx(2)` of a node by the name under which it was just found, if what is there is that inode still.
+    fn statx_by_name(&self, id: u64, flags: i32) -> Option<libc::statx> {
+        self.recent.take(id, |parent, name| {
+            let (key, birth_ns) = self.inodes.identity(id)?;
+            let dir = self.inodes.fd(parent)?;
+            let stat = sys::statx(dir.as_fd(), name, flags, sys::STATX_MASK).ok()?;
+            // Without a birth time, a later inode with the same number looks the same.
+            let same = birth_ns != 0 && (key_of(&stat), birth_of(&stat)) == (key, birth_ns);
+            same.then_some(stat)
+        })
     }
 
     fn open_handle(&self, id: u64, info: &NodeInfo, flags: i32) -> io::Result<OwnedFd> {

@@ -11,7 +11,8 @@
 //! LOOKUP is one `statx`: for an inode that the guest knows already, nothing else. A new inode costs a
 //! `name_to_handle_at`; it is opened when first used. What a handle opens is compared with the identity
 //! it was looked up with, before it is used for the first time, because another process may have
-//! exchanged the name between the two calls.
+//! exchanged the name between the two calls. A GETATTR that follows its LOOKUP asks for the name again
+//! instead ([`recent`]), and opens nothing.
 //!
 //! Permissions were checked by the guest's kernel (virtio-fs mounts have `default_permissions`), so
 //! most operations run with the daemon's rights; what makes a file runs as the caller
@@ -43,6 +44,7 @@ mod lookup;
 mod mounts;
 mod namespace;
 mod negotiate;
+mod recent;
 mod state;
 mod sys;
 mod traits;
@@ -67,6 +69,7 @@ pub use config::{
 use credentials::{ActingAs, Caller, OwnIds};
 use locks::Locks;
 use mounts::Mounts;
+use recent::RecentNames;
 use xattr_map::ClientName;
 
 use crate::dax::{self, Dax};
@@ -106,6 +109,7 @@ pub struct PassthroughFs {
     proc_self_fd: OwnedFd,
     own: OwnIds,
     inodes: InodeStore,
+    recent: RecentNames,
     files: HandleStore<data::OpenFile>,
     dirs: HandleStore<dir::OpenDir>,
     mounts: Mounts,
@@ -203,6 +207,7 @@ impl PassthroughFs {
         Ok(Self {
             timeout: config.timeout(),
             inodes: InodeStore::new(info, NodeFd::new(root), config.hot_fds),
+            recent: RecentNames::new(),
             config,
             proc_self_fd,
             own: OwnIds::get(),

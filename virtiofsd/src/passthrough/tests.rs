@@ -2,6 +2,7 @@
 
 mod escape;
 mod families;
+mod first_use;
 mod harness;
 mod ids;
 mod property;
