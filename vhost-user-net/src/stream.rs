@@ -122,14 +122,6 @@ impl FrameStream {
         &self.results
     }
 
-    /// Reads one frame into `room`; gives its bytes with header, or a negative error number.
-    pub fn read_into(&mut self, room: &mut [u8]) -> i32 {
-        let mut frame = FrameMemory::default();
-        frame.push(room.as_mut_ptr(), room.len());
-        // SAFETY: the room is borrowed until this returns.
-        unsafe { self.transfer(Transfer::Read, &[frame]) }.first().copied().unwrap_or(0)
-    }
-
     /// # Safety
     /// All memory of `frames` is mapped until this returns.
     unsafe fn read(&mut self, frames: &[FrameMemory]) -> Result<(), StreamError> {

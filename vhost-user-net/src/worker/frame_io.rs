@@ -29,19 +29,6 @@ impl FrameIo {
         }
     }
 
-    /// Reads one frame into `room`, which is large enough for any; gives its bytes, or a negative error
-    /// number.
-    #[inline]
-    pub(super) fn read_into(&mut self, room: &mut [u8]) -> i32 {
-        match self {
-            Self::Calls(fd, _) => match rustix::io::read(fd, room) {
-                Ok(bytes) => i32::try_from(bytes).unwrap_or(i32::MAX),
-                Err(error) => -error.raw_os_error(),
-            },
-            Self::Stream(stream) => stream.read_into(room),
-        }
-    }
-
     /// Whether a frame went out only in part; see [`FrameStream::has_rest`].
     pub(super) fn has_rest(&self) -> bool {
         match self {

@@ -1,15 +1,16 @@
-//! Receive: frames from the back end into the guest's buffers.
+//! Receive: frames from the back end straight into the guest's buffers.
 //!
 //! # Theory of operation
 //! Chains are taken from the ring ahead of time ([`RxSide::staged`]) and used strictly in order, so
-//! that those not used yet can always be given back to the ring.
+//! that those not used yet can always be given back to the ring. Each read has the guest's memory
+//! first and a spill buffer behind it, so that no frame is ever cut short.
 //!
-//! While frames are small (each fits one chain), each is read into a room of ours and copied: the room
-//! stays in the first cache, and one range of memory is so much cheaper for the kernel than two that
-//! the copy is for nothing. A frame that does not fit switches to large mode: frames are read straight
-//! into as many chains as the longest may need, with the room behind them so that none is ever cut
-//! short, until frames are small again. Frames for which the guest gives too few buffers wait in
-//! [`RxSide::backlog`].
+//! While frames are small (each fits one chain), a batch of reads is done at once, one chain each. A
+//! frame that spills switches to large mode: one read at a time over as many chains as the longest
+//! frame may need, until frames are small again. When a frame did not land in the chains that are
+//! next in order (an earlier read found nothing or was filtered, or the guest gave too few buffers), it
+//! and those behind it are copied to [`RxSide::backlog`] and from there to the right place; that is
+//! rare, and loses nothing.
 #![allow(unsafe_code, reason = "lends guest memory to the kernel")]
 
 use std::collections::VecDeque;
@@ -18,7 +19,6 @@ use std::time::Instant;
 
 use outboard_common::rate_limiter::Direction;
 use outboard_common::ring::{Chain, Queue};
-use zerocopy::IntoBytes;
 use zerocopy::little_endian::U16;
 
 use super::frame_io::FrameIo;
@@ -28,18 +28,16 @@ use crate::control::RxFilter;
 use crate::header::{ETHERNET_HEADER_SIZE, HEADER_SIZE, MAX_FRAME_SIZE, header_size};
 use crate::shared::{PairMetrics, Shared};
 
-/// Frames after which the driver is shown what there is, and the limits are asked.
+/// Reads at once, at the most.
 const BATCH: usize = 32;
 /// Frames in a turn.
 const BUDGET: usize = 128;
 /// Small frames in a row after which large mode ends.
 const LARGE_PATIENCE: u32 = 32;
-/// Room for one frame of any kind.
-const ROOM_SIZE: usize = (HEADER_SIZE + MAX_FRAME_SIZE).next_multiple_of(4096);
+/// Room for one frame that the guest's buffers do not hold.
+const SPILL_SIZE: usize = (HEADER_SIZE + MAX_FRAME_SIZE).next_multiple_of(4096);
 /// Bytes of a frame that the receive filter looks at.
 const FILTERED_BYTES: usize = 18;
-/// Parts of memory in one read, with some to spare: the kernel takes 1,024.
-const PARTS_MAX: usize = 1000;
 /// Where `num_buffers` lies in the header.
 const NUM_BUFFERS_AT: usize = 10;
 
@@ -53,16 +51,18 @@ pub(super) struct RxSide {
     /// Their writable bytes.
     staged_bytes: usize,
     spare: Vec<Chain>,
-    /// Large mode: the memory of a read.
-    frame: FrameMemory,
-    /// [`ROOM_SIZE`] bytes; pages of it that no frame filled take no memory.
-    room: Vec<u8>,
+    frames: Box<[FrameMemory]>,
+    /// One room of [`SPILL_SIZE`] per read; pages of it that nothing spilled to take no memory.
+    spill: Vec<u8>,
     /// Frames that wait for buffers, whole, with header.
     backlog: VecDeque<Vec<u8>>,
+    results: Vec<i32>,
     /// The back end may have frames.
     readable: bool,
     header_size: usize,
     mergeable: bool,
+    /// Reads in the next batch.
+    depth: usize,
     /// Large mode lasts for so many more small frames.
     large: u32,
     filter: Arc<RxFilter>,
@@ -81,12 +81,14 @@ impl RxSide {
             staged: VecDeque::new(),
             staged_bytes: 0,
             spare: Vec::new(),
-            frame: FrameMemory::default(),
-            room: vec![0; ROOM_SIZE],
+            frames: (0..BATCH).map(|_| FrameMemory::default()).collect(),
+            spill: vec![0; SPILL_SIZE * BATCH],
             backlog: VecDeque::new(),
+            results: Vec::new(),
             readable: true,
             header_size: HEADER_SIZE,
             mergeable: false,
+            depth: 2,
             large: 0,
             filter,
             generation,
@@ -141,16 +143,14 @@ impl RxSide {
             if left == 0 {
                 return Turn::Budget;
             }
-            let got = if self.large > 0 {
-                self.read_large(io, queue).map_or(0, |()| 1)
-            } else {
-                self.read_small(io, queue, left.min(BATCH))
-            };
-            queue.publish();
-            if got == 0 {
+            let reads = self.lend(queue);
+            if reads == 0 {
                 return Turn::NoBuffers;
             }
-            left = left.saturating_sub(got);
+            self.read(io, reads);
+            let got = self.sort(queue, reads);
+            queue.publish();
+            left = left.saturating_sub(got.max(1));
         }
     }
 
@@ -188,154 +188,123 @@ impl RxSide {
         self.spare.push(chain);
     }
 
-    /// Whether there is a chain for the next frame. It is the first of those staged.
-    #[inline]
-    fn has_chain(&mut self, queue: &mut Queue) -> bool {
-        let least = self.header_size + ETHERNET_HEADER_SIZE;
-        if self.staged.front().is_some_and(|chain| chain.writable.len() >= least) {
-            return true;
+    /// Makes the memory of the next reads; gives their number, 0 when there are no buffers.
+    fn lend(&mut self, queue: &mut Queue) -> usize {
+        if self.large > 0 {
+            self.stage(queue, usize::from(queue.size()), self.header_size + MAX_FRAME_SIZE);
+        } else {
+            self.stage(queue, self.depth, usize::MAX);
         }
         self.reject_useless(queue);
-        for _ in 0..queue.size() {
-            if !self.staged.is_empty() {
-                return true;
+        let least = self.header_size + ETHERNET_HEADER_SIZE;
+        if self.large > 0 {
+            let Some(frame) = self.frames.first_mut() else { return 0 };
+            frame.clear();
+            for chain in self.staged.iter().take_while(|c| c.writable.len() >= least) {
+                if frame.parts() + chain.writable.as_slice().len() > 1000 {
+                    break;
+                }
+                frame.extend(chain.writable.as_slice());
             }
-            self.stage(queue, 1, usize::MAX);
-            if self.staged.is_empty() {
-                return false;
-            }
-            self.reject_useless(queue);
+            frame.push(self.spill.as_mut_ptr(), SPILL_SIZE);
+            return usize::from(!self.staged.is_empty());
         }
-        false
+        let mut reads = 0;
+        let usable = self.staged.iter().take(self.depth).take_while(|c| c.writable.len() >= least);
+        let rooms = self.spill.chunks_exact_mut(SPILL_SIZE);
+        for ((chain, frame), room) in usable.zip(&mut self.frames).zip(rooms) {
+            frame.clear();
+            frame.extend(chain.writable.as_slice());
+            frame.push(room.as_mut_ptr(), room.len());
+            reads += 1;
+        }
+        reads
     }
 
-    /// Reads up to `most` frames, while they are small; gives their number (at least 1, also when the
-    /// back end is empty), or 0 when there are no buffers.
-    fn read_small(&mut self, io: &mut FrameIo, queue: &mut Queue, most: usize) -> usize {
+    /// Reads a batch, and learns from it how many reads to try next time.
+    fn read(&mut self, io: &mut FrameIo, reads: usize) {
+        let frames = self.frames.get(..reads).unwrap_or(&[]);
+        // SAFETY: the chains stay staged, and the spill room ours, until after this.
+        let results = unsafe { io.transfer(Transfer::Read, frames) };
+        self.results.clear();
+        self.results.extend_from_slice(results);
+        // Only the last read says whether there is more: a frame may have come between two.
+        if self.results.last().is_some_and(|&r| r <= 0) {
+            self.readable = false;
+        }
+        if self.large == 0 {
+            let got = self.results.iter().filter(|&&r| r > 0).count();
+            self.depth = if got == reads { self.depth * 2 } else { got + 1 }.clamp(2, BATCH);
+        }
+    }
+
+    /// Gives the frames of a batch to the driver, in order; gives their number.
+    fn sort(&mut self, queue: &mut Queue, reads: usize) -> usize {
+        let was_large = self.large > 0;
+        let mut used = 0;
+        let mut in_place = true;
         let mut frames = 0;
-        while frames < most && self.has_chain(queue) {
-            let result = io.read_into(&mut self.room);
-            let Some(len) = self.length(result) else { return frames.max(1) };
-            frames += 1;
-            if !self.wants(len) {
+        for at in 0..reads {
+            let Some(&result) = self.results.get(at) else { break };
+            let Ok(len) = usize::try_from(result) else {
+                self.complain(result);
+                continue;
+            };
+            if len < self.header_size + ETHERNET_HEADER_SIZE {
                 continue;
             }
-            if self.staged.front().is_some_and(|chain| len <= chain.writable.len()) {
-                self.copy_in(queue, len);
-            } else {
-                self.put_aside(len);
-                return frames;
+            frames += 1;
+            if !self.wants(at) {
+                self.metrics.rx_filtered.add(1);
+                continue;
             }
+            self.record(at, len);
+            in_place &= used == at && self.fits(at, len);
+            if in_place {
+                self.complete(queue, len);
+                used += 1;
+            } else {
+                self.put_aside(at, len);
+            }
+        }
+        if was_large {
+            self.large = self.large.saturating_sub(1);
         }
         frames
     }
 
-    /// The length of the frame read with this `result`; `None`: the back end is empty.
-    fn length(&mut self, result: i32) -> Option<usize> {
-        match usize::try_from(result) {
-            Ok(len) if len > 0 => Some(len),
-            _ => {
-                self.complain(result);
-                self.readable = false;
-                None
-            }
+    /// Whether the driver wants the frame of read `at`.
+    fn wants(&mut self, at: usize) -> bool {
+        if self.filter.is_open() {
+            return true;
         }
+        let Some(frame) = self.frames.get(at) else { return false };
+        self.prefix.clear();
+        // SAFETY: the memory was lent for this read; its chains are still staged, or pushed but
+        // within the queue's memory table, which the queue keeps.
+        unsafe { frame.copy_to(self.header_size, FILTERED_BYTES, &mut self.prefix) };
+        self.filter.accepts(&self.prefix)
     }
 
-    /// Whether the driver wants the frame of `len` bytes in the room. One that does is recorded.
-    #[inline]
-    fn wants(&self, len: usize) -> bool {
-        let frame = self.room.get(self.header_size..len).unwrap_or(&[]);
-        if frame.len() < ETHERNET_HEADER_SIZE {
-            return false;
-        }
-        if !self.filter.is_open() && !self.filter.accepts(frame) {
-            self.metrics.rx_filtered.add(1);
-            return false;
-        }
-        if let Some(capture) = &self.shared.capture {
-            capture.record(frame.len(), |out, most| {
-                out.extend_from_slice(frame.get(..most).unwrap_or(frame));
-            });
-        }
-        true
+    fn record(&self, at: usize, len: usize) {
+        let (Some(capture), Some(frame)) = (&self.shared.capture, self.frames.get(at)) else {
+            return;
+        };
+        capture.record(len - self.header_size, |out, most| {
+            // SAFETY: as in `wants`.
+            unsafe { frame.copy_to(self.header_size, most, out) };
+        });
     }
 
-    /// Copies the frame of `len` bytes in the room to the first staged chain, which holds it.
-    #[inline]
-    fn copy_in(&mut self, queue: &mut Queue, len: usize) {
-        if self.header_size == HEADER_SIZE
-            && let Some(count) = self.room.get_mut(NUM_BUFFERS_AT..NUM_BUFFERS_AT + 2)
-        {
-            count.copy_from_slice(U16::new(1).as_bytes());
+    /// Whether the frame of read `at` lies wholly in guest memory.
+    fn fits(&self, at: usize, len: usize) -> bool {
+        if self.large > 0 {
+            let lent = self.frames.first().map_or(0, |f| f.bytes().saturating_sub(SPILL_SIZE));
+            return len <= lent;
         }
-        if let (Some(chain), Some(frame)) = (self.staged.front_mut(), self.room.get(..len)) {
-            chain.writable.write(frame);
-        }
-        self.use_front(queue, len);
-        self.account(queue, len);
-    }
-
-    /// Reads one frame into many chains; `None` when there are no buffers.
-    fn read_large(&mut self, io: &mut FrameIo, queue: &mut Queue) -> Option<()> {
-        self.stage(queue, usize::from(queue.size()), self.header_size + MAX_FRAME_SIZE);
-        self.reject_useless(queue);
-        if self.staged.is_empty() {
-            return None;
-        }
-        let lent = self.lend();
-        // SAFETY: the chains stay staged, and the room ours, until after this.
-        let results = unsafe { io.transfer(Transfer::Read, std::slice::from_ref(&self.frame)) };
-        let result = results.first().copied().unwrap_or(0);
-        let Some(len) = self.length(result) else { return Some(()) };
-        self.large = self.large.saturating_sub(1);
-        if len < self.header_size + ETHERNET_HEADER_SIZE || !self.wants_lent(len) {
-            return Some(());
-        }
-        if len <= lent {
-            self.complete(queue, len);
-        } else {
-            let mut bytes = Vec::new();
-            // SAFETY: as in `wants_lent`.
-            unsafe { self.frame.copy_to(0, len, &mut bytes) };
-            self.backlog.push_back(bytes);
-        }
-        Some(())
-    }
-
-    /// Makes the memory of a large read; gives the bytes of it that are the guest's.
-    fn lend(&mut self) -> usize {
-        let least = self.header_size + ETHERNET_HEADER_SIZE;
-        self.frame.clear();
-        for chain in self.staged.iter().take_while(|c| c.writable.len() >= least) {
-            if self.frame.parts() + chain.writable.as_slice().len() > PARTS_MAX {
-                break;
-            }
-            self.frame.extend(chain.writable.as_slice());
-        }
-        let lent = self.frame.bytes();
-        self.frame.push(self.room.as_mut_ptr(), self.room.len());
-        lent
-    }
-
-    /// As [`Self::wants`], of a frame in large mode.
-    fn wants_lent(&mut self, len: usize) -> bool {
-        if !self.filter.is_open() {
-            self.prefix.clear();
-            // SAFETY: the memory was lent for this read; its chains are still staged.
-            unsafe { self.frame.copy_to(self.header_size, FILTERED_BYTES, &mut self.prefix) };
-            if !self.filter.accepts(&self.prefix) {
-                self.metrics.rx_filtered.add(1);
-                return false;
-            }
-        }
-        if let Some(capture) = &self.shared.capture {
-            capture.record(len - self.header_size, |out, most| {
-                // SAFETY: as above.
-                unsafe { self.frame.copy_to(self.header_size, most, out) };
-            });
-        }
-        true
+        // In place, the chains before this one are gone, so this one's is the first.
+        debug_assert!(at < BATCH);
+        self.staged.front().is_some_and(|chain| len <= chain.writable.len())
     }
 
     /// Gives a frame of `len` bytes, which lies in the first staged chains, to the driver.
@@ -375,12 +344,19 @@ impl RxSide {
         self.owed.1 += len as u64;
     }
 
-    /// Puts the frame of `len` bytes in the room, which the first chain does not hold, aside.
+    /// Copies the frame of read `at` to the backlog.
     #[cold]
-    fn put_aside(&mut self, len: usize) {
-        self.backlog.push_back(self.room.get(..len).unwrap_or(&[]).to_vec());
-        if self.mergeable {
-            self.large = LARGE_PATIENCE;
+    fn put_aside(&mut self, at: usize, len: usize) {
+        let Some(frame) = self.frames.get(at) else { return };
+        let mut bytes = Vec::new();
+        // SAFETY: as in `wants`.
+        unsafe { frame.copy_to(0, len, &mut bytes) };
+        self.backlog.push_back(bytes);
+        if self.mergeable && self.large == 0 {
+            let chain = self.staged.front().map_or(0, |c| c.writable.len());
+            if len > chain {
+                self.large = LARGE_PATIENCE;
+            }
         }
     }
 
@@ -397,7 +373,7 @@ impl RxSide {
                 self.staged.front().map_or(0, |c| c.writable.len())
             };
             if room >= frame.len() {
-                self.copy_over(queue, &frame);
+                self.copy_in(queue, &frame);
             } else if !self.staged.is_empty() && self.staged.len() >= chains {
                 self.metrics.rx_dropped.add(1);
             } else {
@@ -409,7 +385,7 @@ impl RxSide {
     }
 
     /// Copies a frame from the backlog to the first staged chains.
-    fn copy_over(&mut self, queue: &mut Queue, frame: &[u8]) {
+    fn copy_in(&mut self, queue: &mut Queue, frame: &[u8]) {
         let mut rest = frame;
         for chain in &mut self.staged {
             let n = chain.writable.write(rest);
