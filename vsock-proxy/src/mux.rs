@@ -168,6 +168,8 @@ pub(crate) struct Mux {
     filler: Filler,
     timers: Timers,
     next_port: u32,
+    /// Tokens of connections whose host's end is not watched yet.
+    unwatched: Vec<u64>,
     /// The guest is to be told that its transport was reset.
     reset_event: bool,
 }
@@ -190,6 +192,7 @@ impl Mux {
             filler: Filler::default(),
             timers: Timers::default(),
             next_port: CLIENT_PORTS.start,
+            unwatched: Vec::new(),
             reset_event: false,
         }
     }
@@ -311,16 +314,36 @@ impl Mux {
         self.counters.open(1);
     }
 
-    /// Gives a connection its host's end, watched from now on. False: it cannot be.
-    fn attach(&mut self, at: u32, stream: HostStream, cx: &Context) -> bool {
+    /// Gives a connection its host's end, watched before the loop waits next.
+    fn attach(&mut self, at: u32, stream: HostStream) {
         let token = self.token(at);
-        let Some(live) = self.live(at) else { return false };
-        let watched = watch(cx, stream.as_raw_fd(), token, Events::empty());
+        let Some(live) = self.live(at) else { return };
+        // A socket says itself whether there is anything; asking would be one more system call for each
+        // connection. What was passed may be a file, which cannot be watched and is always ready.
+        live.readable = stream.is_shared();
         live.stream = Some(stream);
-        // What is watched from now on says itself whether there is anything; asking would be one more
-        // system call for each connection.
-        live.readable = !watched;
-        watched
+        self.unwatched.push(token);
+    }
+
+    /// Watches what was attached since the last wait, and is still there. True: not all can be.
+    pub(crate) fn watch_new(&mut self, cx: &mut Context) -> bool {
+        let mut refused = false;
+        while let Some(token) = self.unwatched.pop() {
+            let Some(at) = self.slot_of(token) else { continue };
+            let Some(live) = self.live(at) else { continue };
+            let Some(stream) = &live.stream else { continue };
+            let room = if live.wants_room { Events::EPOLLOUT } else { Events::empty() };
+            let is_watched = watch(cx, stream.as_raw_fd(), token, room);
+            if !is_watched && !stream.is_shared() {
+                self.refuse(at);
+                self.settle(at, cx);
+                refused = true;
+            }
+        }
+        if refused {
+            self.pump(cx);
+        }
+        refused
     }
 
     /// Brings the outside in line with a connection's state. See the module.

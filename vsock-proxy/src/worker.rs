@@ -180,6 +180,14 @@ impl QueueHandler for VsockWorker {
         progress
     }
 
+    fn on_wait(&mut self, cx: &mut Context) -> bool {
+        let refused = self.mux.watch_new(cx);
+        if refused {
+            self.set_timer(cx);
+        }
+        refused
+    }
+
     fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
         if token == TOKEN_CALLS {
             // What the guest said before comes first: it may be the end of a connection that a call replaces.

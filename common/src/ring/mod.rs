@@ -266,8 +266,10 @@ impl Queue {
                 };
                 if let Some(inflight) = inflight {
                     let size = self.size;
-                    let entry = inflight
-                        .take(found.count, |i| ring.descriptor(found.head.plus(i, size).index));
+                    let entry = inflight.take(found.count, |i| match i {
+                        0 => found.first,
+                        i => ring.descriptor(found.head.plus(i, size).index),
+                    });
                     chain.token.inflight = entry;
                 }
                 fault.map_or(Ok(true), Err)

@@ -210,6 +210,13 @@ pub trait QueueHandler: Send {
         None
     }
 
+    /// The loop is about to ask for events: descriptors that were opened since may be watched only now, and
+    /// those closed again in the same burst need not be at all. True: queues were filled.
+    fn on_wait(&mut self, cx: &mut Context) -> bool {
+        let _ = cx;
+        false
+    }
+
     /// Something happened on a watched descriptor. The loop publishes all queues afterwards.
     fn on_event(&mut self, token: u64, events: Events, cx: &mut Context) {
         let _ = (token, events, cx);
@@ -478,11 +485,11 @@ impl<H: QueueHandler> EventLoop<H> {
     /// Waits for events, spinning first if asked to.
     fn wait(&mut self, events: &mut [Event], poll: Duration) -> io::Result<usize> {
         if !self.cx.again.is_empty() {
-            return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
+            return self.ask_epoll(events);
         }
         if self.must_poll() {
             self.poll_kickless();
-            return wait_for(self.cx.epoll, Some(Duration::ZERO), events);
+            return self.ask_epoll(events);
         }
         if self.is_patient {
             if let Some(n) = self.look_around(events, poll)? {
@@ -493,8 +500,21 @@ impl<H: QueueHandler> EventLoop<H> {
         {
             return Ok(n);
         }
+        self.before_asking();
         let timeout = self.deadline().map(|d| d.saturating_duration_since(self.cx.now()));
         wait_for(self.cx.epoll, timeout, events)
+    }
+
+    fn before_asking(&mut self) {
+        if self.handler.on_wait(&mut self.cx) {
+            self.publish_all();
+        }
+    }
+
+    /// Asks the kernel for events, without waiting for any.
+    fn ask_epoll(&mut self, events: &mut [Event]) -> io::Result<usize> {
+        self.before_asking();
+        wait_for(self.cx.epoll, Some(Duration::ZERO), events)
     }
 
     /// When there is something to do whatever happens: the timer runs out, or a rest is over.
@@ -522,10 +542,10 @@ impl<H: QueueHandler> EventLoop<H> {
                 cx.ask(index);
             }
         }
-        if cx.again.is_empty() {
+        if self.cx.again.is_empty() {
             return Ok(None);
         }
-        wait_for(cx.epoll, Some(Duration::ZERO), events).map(Some)
+        self.ask_epoll(events).map(Some)
     }
 
     /// The looking itself; rings first, since that costs next to nothing.
@@ -554,7 +574,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 std::hint::spin_loop();
             }
             self.row = 0;
-            let n = wait_for(self.cx.epoll, Some(Duration::ZERO), events)?;
+            let n = self.ask_epoll(events)?;
             if n > 0 || !self.cx.again.is_empty() {
                 return Ok(Some(n));
             }
@@ -588,7 +608,7 @@ impl<H: QueueHandler> EventLoop<H> {
     fn spin(&mut self, events: &mut [Event], poll: Duration) -> io::Result<Option<usize>> {
         let (start, deadline) = (Instant::now(), self.deadline());
         loop {
-            let n = wait_for(self.cx.epoll, Some(Duration::ZERO), events)?;
+            let n = self.ask_epoll(events)?;
             if n > 0 {
                 self.spin = (self.spin * 2).clamp(Duration::from_micros(1), poll);
                 return Ok(Some(n));

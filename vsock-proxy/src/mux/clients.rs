@@ -79,9 +79,7 @@ impl Mux {
         let key = Key { cid: Cid::HOST, port: local, guest_port: port };
         let connection = Connection::requesting(SocketType::Stream, self.config.tx_buffer_size);
         let at = self.add_live(key, connection, OnAccept::Silence, cx);
-        if !self.attach(at, HostStream::vsock(stream, SocketType::Stream), cx) {
-            self.refuse(at);
-        }
+        self.attach(at, HostStream::vsock(stream, SocketType::Stream));
         self.settle(at, cx);
         self.pump(cx);
     }
@@ -108,10 +106,7 @@ impl Mux {
         prepare(&call.stream, call.socket_type, buf_alloc);
         let connection = Connection::requesting(call.socket_type, buf_alloc);
         let at = self.add_live(key, connection, OnAccept::Byte, cx);
-        let stream = HostStream::sibling(call.stream, call.socket_type);
-        if !self.attach(at, stream, cx) {
-            self.refuse(at);
-        }
+        self.attach(at, HostStream::sibling(call.stream, call.socket_type));
         self.settle(at, cx);
     }
 
@@ -209,8 +204,7 @@ impl Mux {
             Host::Passed(stream) => {
                 cx.unwatch(socket.as_raw_fd());
                 self.make_live(at, key, connection, OnAccept::OkOn(socket), cx);
-                // A file cannot be watched, and is always ready.
-                self.attach(at, stream, cx);
+                self.attach(at, stream);
             }
         }
         self.settle(at, cx);

@@ -176,7 +176,7 @@ impl Mux {
         if header.dst_cid == Cid::HOST {
             self.dial(at, cx);
         } else {
-            self.call_sibling(at, cx);
+            self.call_sibling(at);
         }
         self.settle(at, cx);
     }
@@ -197,7 +197,7 @@ impl Mux {
         match dialled {
             Dial::Done(fd) => {
                 live.side = Side::Ready;
-                self.connected(at, fd, cx);
+                self.connected(at, fd);
             }
             Dial::InProgress(fd) => {
                 live.side = Side::Connecting;
@@ -220,7 +220,7 @@ impl Mux {
         self.settle(at, cx);
     }
 
-    fn connected(&mut self, at: u32, fd: std::os::fd::OwnedFd, cx: &Context) {
+    fn connected(&mut self, at: u32, fd: std::os::fd::OwnedFd) {
         let Some(live) = self.live(at) else { return };
         let socket_type = live.connection.socket_type();
         prepare(&fd, socket_type, self.config.tx_buffer_size);
@@ -228,11 +228,8 @@ impl Mux {
             HostSide::Unix(_) => HostStream::unix(fd, socket_type),
             HostSide::Vsock { .. } => HostStream::vsock(fd, socket_type),
         };
-        if self.attach(at, stream, cx) {
-            self.on_host_connected(at);
-        } else {
-            self.refuse(at);
-        }
+        self.attach(at, stream);
+        self.on_host_connected(at);
     }
 
     fn on_host_connected(&mut self, at: u32) {
@@ -249,7 +246,7 @@ impl Mux {
         }
     }
 
-    fn call_sibling(&mut self, at: u32, cx: &Context) {
+    fn call_sibling(&mut self, at: u32) {
         let Some(live) = self.live(at) else { return };
         let (key, socket_type) = (live.key, live.connection.socket_type());
         match self.membership.call(key.cid, key.port, key.guest_port, socket_type) {
@@ -258,9 +255,7 @@ impl Mux {
                 if let Some(live) = self.live(at) {
                     live.side = Side::Called;
                 }
-                if !self.attach(at, HostStream::sibling(fd, socket_type), cx) {
-                    self.refuse(at);
-                }
+                self.attach(at, HostStream::sibling(fd, socket_type));
             }
             None => self.refuse(at),
         }
