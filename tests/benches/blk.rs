@@ -13,6 +13,10 @@
 //! | tmpfs | a file in /dev/shm |
 //! | zram | /dev/zram0 with O_DIRECT; only when it exists and is not in use |
 //! | disk | a file in `$OUTBOARD_BENCH_DIR` (a temporary directory) with O_DIRECT |
+//!
+//! With `$OUTBOARD_BENCH_AGAINST`, a program and its arguments, ours is compared with that instead, which takes
+//! the same arguments: another build of it, or the same with another option. `$OUTBOARD_BENCH_RUNS` is the
+//! number of runs.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot measure stops")]
 #![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
@@ -26,8 +30,10 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use rustix::fs::Advice;
 use testkit::daemon::Daemon;
 use testkit::driver::blk::{BlkSlot, RequestType, S_OK};
 use testkit::driver::{GuestQueue, RingFormat};
@@ -113,16 +119,29 @@ fn cpu_ns(daemon: &Daemon) -> u64 {
         .sum()
 }
 
-fn start_ours(dir: &Path, store: &Store, polling: bool) -> Daemon {
+/// Arguments for ours.
+fn arguments(store: &Store, polling: bool) -> [String; 2] {
     let disk = match store {
         Store::Null => format!("--null={IMAGE_BYTES}"),
         Store::Tmpfs(path) | Store::Device(path) | Store::Disk(path) => {
             format!("--blk-file={},lock=off", path.display())
         }
     };
-    let poll = format!("--poll-us={}", if polling { POLL_US } else { 0 });
+    [disk, format!("--poll-us={}", if polling { POLL_US } else { 0 })]
+}
+
+fn start_ours(dir: &Path, store: &Store, polling: bool) -> Daemon {
     let socket = dir.join(if polling { "ours-polling" } else { "ours" });
-    Daemon::start("vhost-user-blk", &socket, &[disk, poll]).unwrap()
+    Daemon::start("vhost-user-blk", &socket, &arguments(store, polling)).unwrap()
+}
+
+/// What `$OUTBOARD_BENCH_AGAINST` names.
+fn start_other(other: &str, dir: &Path, store: &Store, polling: bool) -> Daemon {
+    let mut words = other.split_ascii_whitespace();
+    let mut command = Command::new(words.next().unwrap());
+    let socket = dir.join(if polling { "other-polling" } else { "other" });
+    command.args(words).arg("--socket-path").arg(&socket).args(arguments(store, polling));
+    Daemon::start_command(other, command, &socket).unwrap()
 }
 
 fn start_peer(root: &ToolRoot, dir: &Path, store: &Store, iothread: bool) -> Daemon {
@@ -188,6 +207,15 @@ impl Client {
         let sector = self.sector(load);
         let chain = self.slots[slot].prepare(load.kind, sector, load.bytes);
         assert!(self.queue.add(&chain, slot as u64), "the ring has room");
+    }
+
+    /// Every request once: what a daemon does for a new guest is not to be counted.
+    fn warm_up(&mut self, load: &Load) {
+        for slot in 0..load.depth {
+            self.submit(load, slot);
+            self.queue.kick();
+            self.queue.wait(TIMEOUT).unwrap();
+        }
     }
 
     fn run(&mut self, daemon: &Daemon, load: &Load, time: Duration) -> Figures {
@@ -269,11 +297,13 @@ fn print_row(who: &str, load: &Load, f: &Figures) {
 fn compare(store: &str, load: &Load, daemons: &[(&str, &Daemon)]) {
     println!("  {store}: {}", load.name);
     let mut runs: Vec<Vec<Figures>> = vec![Vec::new(); daemons.len()];
-    for run in 0..=RUNS {
+    let count = std::env::var("OUTBOARD_BENCH_RUNS").map_or(RUNS, |count| count.parse().unwrap());
+    for run in 0..=count {
         for (at, (_, daemon)) in daemons.iter().enumerate() {
             let mut client = Client::new(daemon, load);
             let warm_up = run == 0;
             let time = if warm_up { RUN_TIME / 8 } else { RUN_TIME };
+            client.warm_up(load);
             let figures = client.run(daemon, load, time);
             if !warm_up {
                 runs[at].push(figures);
@@ -319,6 +349,16 @@ fn measure_on(
     pin(daemons);
     let ours = start_ours(dir.path(), store, false);
     let ours_polling = start_ours(dir.path(), store, true);
+    if let Ok(other) = std::env::var("OUTBOARD_BENCH_AGAINST") {
+        let [plain, polls] = [false, true].map(|p| start_other(&other, dir.path(), store, p));
+        pin(client);
+        for load in wanted {
+            let [ours, other] =
+                if load.polling { [&ours_polling, &polls] } else { [&ours, &plain] };
+            compare(name, load, &[("ours", ours), ("the other", other)]);
+        }
+        return;
+    }
     let peer = start_peer(root, dir.path(), store, false);
     let peer_iothread = start_peer(root, dir.path(), store, true);
     pin(client);
@@ -351,7 +391,9 @@ fn fill(path: &Path, direct: bool) -> std::io::Result<()> {
         }
         file.write_all(&chunk)?;
     }
-    file.sync_all()
+    file.sync_all()?;
+    // Who writes past the page cache first would have to empty it.
+    Ok(rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?)
 }
 
 /// A compressed RAM disk for as long as it is not dropped.

@@ -9,11 +9,16 @@
 //! | idle | CPU time in a second with a guest attached that does nothing; private memory; time to ready |
 //!
 //! Daemon and client are pinned to a CPU each. Rates are of useful work per second of the daemon's CPU
-//! time. `./x bench net` runs all; `OUTBOARD_BENCH_PART` names one.
+//! time. `ceiling` is a bare loop on a tap in our place (`net/ceiling.rs`). `./x bench net` runs all;
+//! `OUTBOARD_BENCH_PART` names one part, and words after `--` choose the guest's and the frames' rows that
+//! have all of them.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot measure stops")]
 #![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
 #![allow(clippy::cast_precision_loss, reason = "figures of a table")]
+
+#[path = "net/ceiling.rs"]
+mod ceiling;
 
 use std::fs;
 use std::io::Read;
@@ -165,6 +170,12 @@ fn guest_run(
     to.p99_us.extend(value("p99").map(|ms| ms * 1000.0));
 }
 
+/// Whether the row with this label is wanted.
+fn is_wanted(label: &str) -> bool {
+    // cargo adds `--bench`.
+    std::env::args().skip(1).filter(|word| word != "--bench").all(|word| label.contains(&word))
+}
+
 fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
@@ -177,24 +188,36 @@ fn guest(root: &'static ToolRoot) {
         "{:6} {:14} {:7} {:>8} {:>14} {:>9} {:>9}",
         "MTU", "direction", "daemon", "Gbit/s", "Gbit/CPU s", "ping p50", "p99 (us)"
     );
-    for mtu in ["1500", "65520"] {
+    for mtu in [1500, 65520] {
         for (direction, option) in [("guest to host", ""), ("host to guest", "-R")] {
-            let mut figures = [GuestFigures::default(), GuestFigures::default()];
-            for _ in 0..ROUNDS {
-                guest_run(root, Which::Ours, mtu, option, &mut figures[0]);
-                guest_run(root, Which::Passt, mtu, option, &mut figures[1]);
-            }
-            for (name, f) in ["ours", "passt"].iter().zip(&figures) {
-                println!(
-                    "{mtu:6} {direction:14} {name:7} {:8.2} {:14.1} {:9.0} {:9.0}",
-                    median(&f.gbit),
-                    median(&f.per_cpu),
-                    median(&f.p50_us),
-                    median(&f.p99_us)
-                );
+            if is_wanted(&format!("{mtu} {direction}")) {
+                guest_row(root, mtu, direction, option);
             }
         }
     }
+}
+
+fn guest_row(root: &'static ToolRoot, mtu: u32, direction: &str, option: &str) {
+    let mut figures = [GuestFigures::default(), GuestFigures::default()];
+    let mut ceiling = Vec::new();
+    let text = mtu.to_string();
+    for _ in 0..ROUNDS {
+        ceiling.push(ceiling::tcp(root, mtu, option == "-R"));
+        guest_run(root, Which::Ours, &text, option, &mut figures[0]);
+        guest_run(root, Which::Passt, &text, option, &mut figures[1]);
+    }
+    for (name, f) in ["ours", "passt"].iter().zip(&figures) {
+        println!(
+            "{mtu:<6} {direction:14} {name:7} {:8.2} {:14.1} {:9.0} {:9.0}",
+            median(&f.gbit),
+            median(&f.per_cpu),
+            median(&f.p50_us),
+            median(&f.p99_us)
+        );
+    }
+    let (most, ours) = (median(&ceiling), median(&figures[0].per_cpu));
+    let share = 100.0 * ours / most;
+    println!("{mtu:<6} {direction:14} ceiling          {most:14.1}   ours is {share:.0} %");
 }
 
 /// The testkit's driver on ours: a generator and a sink of frames.
@@ -216,6 +239,16 @@ fn frame(to: [u8; 6], bytes: usize) -> Vec<u8> {
     let mut frame = [&to[..], &ME, &[0x88, 0xb5]].concat();
     frame.resize(bytes, 0x5a);
     frame
+}
+
+/// Sends `frame` into `tap0` as fast as it takes it, until told to stop.
+fn flood(frame: &[u8], stop: &AtomicBool) {
+    let socket = LinkSocket::sender("tap0").unwrap();
+    while !stop.load(Ordering::Relaxed) {
+        if socket.send_copies(frame, 64) < 64 {
+            std::thread::yield_now();
+        }
+    }
 }
 
 impl Driver {
@@ -284,16 +317,7 @@ impl Driver {
         let flood = receive.then(|| {
             let (stop, frame) = (stop.clone(), frame(ME, self.len as usize - HEADER));
             let namespace = self.namespace.clone();
-            std::thread::spawn(move || {
-                namespace.run(move || {
-                    let socket = LinkSocket::sender("tap0").unwrap();
-                    while !stop.load(Ordering::Relaxed) {
-                        if socket.send_copies(&frame, 64) < 64 {
-                            std::thread::yield_now();
-                        }
-                    }
-                })
-            })
+            std::thread::spawn(move || namespace.run(move || flood(&frame, &stop)))
         });
         let (mut sent, mut received) = (0, 0);
         let before = cpu_seconds(&self.daemon);
@@ -326,32 +350,46 @@ fn frames(root: &ToolRoot) {
         "{:>6} {:7} {:>20} {:>20} {:>26}",
         "bytes", "ring", "guest to tap", "tap to guest", "both at once: TX, RX"
     );
-    for format in RingFormat::ALL {
-        for bytes in [60, 1514] {
-            let mut rows: [Vec<f64>; 6] = Default::default();
-            for _ in 0..ROUNDS {
-                let run = |send, receive| Driver::new(root, format, bytes).run(send, receive);
-                let seconds = RUN_TIME.as_secs_f64();
-                let (sent, _, cpu) = run(true, false);
-                rows[0].push(sent as f64 / cpu / 1e6);
-                rows[1].push(sent as f64 / seconds / 1e6);
-                let (_, received, cpu) = run(false, true);
-                rows[2].push(received as f64 / cpu / 1e6);
-                rows[3].push(received as f64 / seconds / 1e6);
-                let (sent, received, _) = run(true, true);
-                rows[4].push(sent as f64 / seconds / 1e6);
-                rows[5].push(received as f64 / seconds / 1e6);
+    for bytes in [60, 1514] {
+        let mut most: [Vec<f64>; 2] = Default::default();
+        for format in RingFormat::ALL {
+            let format_name = format!("{format:?}").to_lowercase();
+            if is_wanted(&format!("{bytes} {format_name}")) {
+                let (tx, rx) = ceiling::frames(root, bytes);
+                most[0].push(tx);
+                most[1].push(rx);
+                frames_row(root, format, &format_name, bytes);
             }
-            let [tx, tx_rate, rx, rx_rate, both_tx, both_rx] = rows.map(|row| median(&row));
-            println!(
-                "{bytes:6} {:7} {:>20} {:>20} {:>26}",
-                format!("{format:?}").to_lowercase(),
-                format!("{tx:.2} ({tx_rate:.2})"),
-                format!("{rx:.2} ({rx_rate:.2})"),
-                format!("({both_tx:.2}), ({both_rx:.2})")
-            );
+        }
+        if !most[0].is_empty() {
+            let [tx, rx] = most.map(|rates| format!("{:.2}", median(&rates)));
+            println!("{bytes:6} ceiling {tx:>20} {rx:>20}");
         }
     }
+}
+
+fn frames_row(root: &ToolRoot, format: RingFormat, format_name: &str, bytes: usize) {
+    let mut rows: [Vec<f64>; 6] = Default::default();
+    for _ in 0..ROUNDS {
+        let run = |send, receive| Driver::new(root, format, bytes).run(send, receive);
+        let seconds = RUN_TIME.as_secs_f64();
+        let (sent, _, cpu) = run(true, false);
+        rows[0].push(sent as f64 / cpu / 1e6);
+        rows[1].push(sent as f64 / seconds / 1e6);
+        let (_, received, cpu) = run(false, true);
+        rows[2].push(received as f64 / cpu / 1e6);
+        rows[3].push(received as f64 / seconds / 1e6);
+        let (sent, received, _) = run(true, true);
+        rows[4].push(sent as f64 / seconds / 1e6);
+        rows[5].push(received as f64 / seconds / 1e6);
+    }
+    let [tx, tx_rate, rx, rx_rate, both_tx, both_rx] = rows.map(|row| median(&row));
+    println!(
+        "{bytes:6} {format_name:7} {:>20} {:>20} {:>26}",
+        format!("{tx:.2} ({tx_rate:.2})"),
+        format!("{rx:.2} ({rx_rate:.2})"),
+        format!("({both_tx:.2}), ({both_rx:.2})")
+    );
 }
 
 /// The driver asks for the host's address again and again, asleep on its interrupt meanwhile.
@@ -489,20 +527,20 @@ fn main() {
         return;
     };
     let wanted = std::env::var("OUTBOARD_BENCH_PART").unwrap_or_default();
-    let is_wanted = |part: &str| wanted.is_empty() || wanted == part;
-    if is_wanted("frames") {
+    let runs = |part: &str| wanted.is_empty() || wanted == part;
+    if runs("frames") {
         frames(root);
     }
-    if is_wanted("latency") {
+    if runs("latency") {
         round_trip(root);
     }
-    if is_wanted("idle") {
+    if runs("idle") {
         idle(root);
     }
-    if is_wanted("switch") {
+    if runs("switch") {
         switch();
     }
-    if is_wanted("guest") {
+    if runs("guest") {
         guest(root);
     }
 }

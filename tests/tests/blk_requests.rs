@@ -5,14 +5,17 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use testkit::daemon::Daemon;
+use rustix::process::{Resource, geteuid, getrlimit};
+use testkit::daemon::{Daemon, bin};
 use testkit::driver::blk::{BlkSlot, RequestType, S_IOERR, S_OK, S_UNSUPP, request};
 use testkit::driver::{Buffer, GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, BackendRequest, FrontEnd, ShmemPolicy};
 use testkit::memory::{GuestRam, RamRegion};
+use testkit::skip::skip;
 use virtio_bindings::virtio_blk as spec;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,7 +29,7 @@ struct Bench {
     slot: BlkSlot,
     image: PathBuf,
     daemon: Daemon,
-    _dir: tempfile::TempDir,
+    _dirs: Vec<tempfile::TempDir>,
 }
 
 /// Starts the daemon with `arguments` on a new image (added unless `arguments` name a disk).
@@ -45,7 +48,7 @@ fn bench_with(format: RingFormat, arguments: &[&str], features: u64) -> Bench {
     let options = AttachOptions { features, ..AttachOptions::new(format) };
     let (mut queues, _) = frontend.attach(&ram, &options).unwrap();
     let slot = BlkSlot::new(&ram, 1 << 20).unwrap();
-    Bench { frontend, queue: queues.remove(0), slot, ram, image, daemon, _dir: dir }
+    Bench { frontend, queue: queues.remove(0), slot, ram, image, daemon, _dirs: vec![dir] }
 }
 
 fn bench(format: RingFormat, arguments: &[&str]) -> Bench {
@@ -106,42 +109,92 @@ fn reads_and_writes_whatever_the_cache() {
     reads_and_writes(RingFormat::Packed, &["--poll-us=50"]);
 }
 
+/// Guest memory of the tests that register it: less than users may lock by default.
+const SMALL_RAM: u64 = 2 << 20;
+/// What those tests lock at the most.
+const LOCKED_BYTES: u64 = 3 << 20;
+
+/// A disk that registers guest memory, on storage that goes through the ring. `refused`: the daemon may not
+/// lock so much memory. `None` after the test was counted as skipped.
+fn registering(format: RingFormat, refused: bool) -> Option<Bench> {
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    let limit = getrlimit(Resource::Memlock).maximum;
+    if !refused && !geteuid().is_root() && limit.is_some_and(|bytes| bytes < LOCKED_BYTES) {
+        skip("this user may not lock 3 MiB (ulimit -l)");
+        return None;
+    }
+    // Not the usual place, which is a tmpfs on many machines, and is copied from on the worker's thread.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    if rustix::fs::statfs(dir.path()).unwrap().f_type == TMPFS {
+        skip("the build directory is a tmpfs, which does not go through the ring");
+        return None;
+    }
+    let image = dir.path().join("disk.img");
+    fs::write(&image, vec![3; 1 << 20]).unwrap();
+    let mut command = Command::new("prlimit");
+    if refused {
+        // The rings themselves count too, those of the user's other daemons included.
+        command.arg(format!("--memlock={0}:{0}", SMALL_RAM - 4096));
+        if geteuid().is_root() {
+            command.args(["setpriv", "--bounding-set=-sys_resource,-ipc_lock"]);
+        }
+    }
+    // A socket's path is short.
+    let sockets = tempfile::tempdir().unwrap();
+    let socket = sockets.path().join("blk.sock");
+    command.arg(bin("vhost-user-blk").unwrap()).arg("--register-memory");
+    command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(&image);
+    let daemon = Daemon::start_command("vhost-user-blk", command, &socket).unwrap();
+    let ram = GuestRam::new(SMALL_RAM).unwrap();
+    let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+    let (mut queues, _) = frontend.attach(&ram, &AttachOptions::new(format)).unwrap();
+    let slot = BlkSlot::new(&ram, 1 << 16).unwrap();
+    let queue = queues.remove(0);
+    Some(Bench { frontend, queue, slot, ram, image, daemon, _dirs: [dir, sockets].into() })
+}
+
+/// Guest memory that the daemon's process holds, KiB.
+fn pinned_kib(daemon: &Daemon) -> u64 {
+    let pid = *daemon.processes().last().unwrap();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
 /// Registered memory is pinned; memory that comes later is used all the same, and registered as soon as
 /// nothing is in flight.
 #[test]
 fn registered_memory_is_used_and_followed() {
-    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
-    let pinned_kib = |pid: u32| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
-    };
     for format in RingFormat::ALL {
         reads_and_writes(format, &["--register-memory"]);
-        let mut b = bench(format, &["--register-memory"]);
-        let pid = *b.daemon.processes().last().unwrap();
+        let Some(mut b) = registering(format, false) else { return };
         assert_eq!(b.run(RequestType::IN, 0, 4096), S_OK);
-        let before = pinned_kib(pid);
-        if rustix::fs::statfs(&b.image).unwrap().f_type == TMPFS {
-            // Copied on the worker's thread: there is nothing to hold ready.
-            assert_eq!(before, 0);
-            continue;
-        }
-        if before == 0 {
-            // Without the right to lock so much it is said, and the disk works.
-            assert!(b.daemon.log().contains("LimitMEMLOCK"), "{}", b.daemon.log());
-            continue;
-        }
-        assert!(before >= 4096, "{before} KiB are pinned");
-        let region = RamRegion::new(1 << 32, 8 << 20).unwrap();
+        assert!(b.slot.data(4096) == [3; 4096]);
+        let before = SMALL_RAM / 1024;
+        assert_eq!(pinned_kib(&b.daemon), before, "{}", b.daemon.log());
+        let region = RamRegion::new(1 << 32, 1 << 20).unwrap();
         b.frontend.add_mem_region(&region).unwrap();
         assert_eq!(b.run(RequestType::IN, 0, 4096), S_OK);
+        b.slot.set_data(&[5; 4096]);
         assert_eq!(b.run(RequestType::OUT, 8, 4096), S_OK);
-        assert_eq!(pinned_kib(pid), before + 8192);
+        assert!(b.file(8, 4096) == [5; 4096]);
+        assert_eq!(pinned_kib(&b.daemon), LOCKED_BYTES / 1024);
         b.frontend.remove_region(region.info()).unwrap();
         assert_eq!(b.run(RequestType::IN, 0, 4096), S_OK);
-        assert_eq!(pinned_kib(pid), before);
+        assert_eq!(pinned_kib(&b.daemon), before);
     }
+}
+
+/// Who may not lock memory is told which limit it is, once, and has a disk that works.
+#[test]
+fn memory_that_cannot_be_registered_is_said_and_done_without() {
+    let Some(mut b) = registering(RingFormat::Split, true) else { return };
+    for _ in 0..3 {
+        assert_eq!(b.run(RequestType::IN, 0, 4096), S_OK);
+        assert!(b.slot.data(4096) == [3; 4096]);
+    }
+    assert_eq!(pinned_kib(&b.daemon), 0);
+    assert_eq!(b.daemon.log().matches("LimitMEMLOCK").count(), 1, "{}", b.daemon.log());
 }
 
 #[test]

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use testkit::daemon::{Daemon, bin, copy_program};
 use testkit::dax_story::{answer, content, question};
-use testkit::guests::Job;
 use testkit::guests::qemu::QemuGuest;
+use testkit::guests::{Job, RunningGuest};
 use testkit::page_cache::resident_pages;
 use testkit::toolroot::ToolRoot;
 
@@ -178,17 +178,19 @@ fn two_guests_share_one_copy_of_256_mib() {
         guest.wait_for("ready", TIMEOUT).unwrap();
     }
     let all_kib = SHARED_MIB << 10;
-    for guest in &guests {
-        let mapped = mapped_kib(guest.pid(), "image");
-        println!("{mapped:?} of {all_kib} KiB");
+    let mapped = mapped_at_rest(&guests, "image");
+    println!("{mapped:?} of {all_kib} KiB");
+    for mapped in &mapped {
         // The guest's kernel gives some ranges back so as to have a fifth of its window free.
         assert!(mapped.resident > all_kib * 6 / 10, "{mapped:?}");
         assert!(mapped.anonymous < 1 << 10, "a private copy: {mapped:?}");
-        // Each of the two VMMs is charged for at most half of every page.
-        assert!(mapped.proportional <= mapped.resident / 2 + 1024, "{mapped:?}");
     }
+    // Each VMM is charged for its part of every page; two copies would be more than the file has.
+    let charged: u64 = mapped.iter().map(|mapped| mapped.proportional).sum();
+    assert!(charged <= all_kib + 1024, "{mapped:?}");
     let resident = resident_pages(&image).unwrap();
-    assert_eq!(resident, SHARED_MIB << 8, "pages of the image in the host's page cache");
+    let largest = mapped.iter().map(|mapped| mapped.resident).max().unwrap();
+    assert!(resident << 2 >= largest, "{resident} pages in the host's page cache, {mapped:?}");
     fs::write(shared.join("done"), b"").unwrap();
     for guest in guests {
         let result = guest.wait(TIMEOUT).unwrap();
@@ -200,12 +202,28 @@ fn two_guests_share_one_copy_of_256_mib() {
 }
 
 /// What a process has mapped of a file, KiB.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Mapped {
     resident: u64,
     /// Its part, where several processes have a page.
     proportional: u64,
     anonymous: u64,
+}
+
+/// What each of `guests` has mapped of `name`, once that has been the same for a while: a guest's kernel gives ranges back
+/// in the background.
+fn mapped_at_rest(guests: &[RunningGuest], name: &str) -> Vec<Mapped> {
+    let deadline = Instant::now() + TIMEOUT;
+    let mut before = Vec::new();
+    loop {
+        let now: Vec<Mapped> = guests.iter().map(|guest| mapped_kib(guest.pid(), name)).collect();
+        if now == before {
+            return now;
+        }
+        assert!(Instant::now() < deadline, "the guests do not come to rest: {now:?}");
+        before = now;
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }
 
 /// The mappings of files called `name` of process `pid`.

@@ -84,7 +84,7 @@ fn a_lock_of_another_guest_is_had_as_soon_as_it_is_free() {
     let mut one = Guest::new(dir.path(), "one", 1, &[]);
     let mut two = Guest::new(dir.path(), "two", 2, &[]);
     for flags in [0, LK_FLOCK] {
-        let mut late = Vec::new();
+        let (mut late, mut usual) = (Vec::new(), Vec::new());
         for _ in 0..15 {
             assert_eq!(one.set(1, WRITE_LOCK, flags), 0);
             two.wait_for(1, 2, WRITE_LOCK, flags);
@@ -93,16 +93,20 @@ fn a_lock_of_another_guest_is_had_as_soon_as_it_is_free() {
             assert_eq!(one.set(1, UNLOCK, flags), 0);
             assert_eq!(two.answer(), (1, 0));
             late.push(start.elapsed());
+            let start = Instant::now();
             assert_eq!(one.set(1, WRITE_LOCK, flags), libc::EAGAIN);
+            usual.push(start.elapsed());
             assert_eq!(two.set(2, UNLOCK, flags), 0);
         }
         late.sort_unstable();
+        usual.sort_unstable();
         println!(
-            "granted after {:?} to {:?}, half of them within {:?}",
-            late[0], late[14], late[7]
+            "granted after {:?} to {:?}, half of them within {:?}; half of the answers take {:?}",
+            late[0], late[14], late[7], usual[7]
         );
-        // Looking every 16 ms would take 8 ms on average.
-        assert!(late[7] < Duration::from_millis(4), "{late:?}");
+        // Looking every 16 ms would take 8 ms on average. On a busy machine threads wait for a CPU: for the two
+        // answers and the grant, four of them one after another, twice what an answer takes.
+        assert!(late[7] < Duration::from_millis(4) + 4 * usual[7], "{late:?} {usual:?}");
     }
 }
 

@@ -51,8 +51,8 @@ fn inode_of(guest: &mut FsClient, name: &str) -> u64 {
     guest.call(lookup(name)).unwrap().u64_at(0).unwrap()
 }
 
-#[test]
-fn names_from_slow_storage_hold_up_no_queue() {
+/// How many slow names hold up their queue before one is handed over; then that none does any more.
+fn slow_names_inline() -> usize {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -75,9 +75,7 @@ fn names_from_slow_storage_hold_up_no_queue() {
     let mut guest = FsClient::start(&socket, 1, 4).unwrap();
     // As long as storage is fast, names are looked up by the queue's own worker.
     assert_eq!(inode_of(&mut guest, "fast"), INLINE);
-    // The first slow one raises a suspicion; that it was storage what the worker waited for, the next shows.
-    assert_eq!(inode_of(&mut guest, "slow"), INLINE);
-    assert_eq!(inode_of(&mut guest, "slow"), INLINE);
+    let inline = (0..4).take_while(|_| inode_of(&mut guest, "slow") == INLINE).count();
     // Whatever comes then is done beside it.
     guest.add(1, 1, &lookup("slow")).unwrap();
     guest.add(1, 2, &lookup("fast")).unwrap();
@@ -93,4 +91,12 @@ fn names_from_slow_storage_hold_up_no_queue() {
     assert!((0..1000).any(|_| inode_of(&mut guest, "fast") == INLINE), "it stays slow for ever");
     drop(guest);
     serving.join().unwrap();
+    inline
+}
+
+#[test]
+fn one_slow_name_holds_up_its_queue_and_no_other_one_does() {
+    // Where the worker had to give its CPU to others meanwhile, a second one decides.
+    let counts: Vec<usize> = (0..4).map(|_| slow_names_inline()).collect();
+    assert!(counts.iter().all(|&n| n <= 2) && counts.contains(&1), "{counts:?}");
 }

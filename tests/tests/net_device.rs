@@ -487,8 +487,9 @@ fn interrupts_are_held_back_as_the_driver_wishes() {
     for format in RingFormat::ALL {
         let Some(mut b) = bench(format, NO_MQ, &[]) else { return };
         b.expect_arp();
-        // TX: after 4 frames or 300 ms.
-        assert_eq!(b.control(&[6, 0, 4, 0, 0, 0, 0xe0, 0x93, 4, 0]), Some(0));
+        // TX: after 4 frames or 1.5 s: far longer than a busy machine is late.
+        let hold = Duration::from_millis(1500);
+        assert_eq!(b.control(&[6, 0, 4, 0, 0, 0, 0x60, 0xe3, 0x16, 0]), Some(0));
         let frame = arp_request(ME, MY_IP);
         b.ram.write(b.out, &[&[0; HEADER][..], &frame].concat());
         let send = |b: &mut Bench| {
@@ -499,11 +500,10 @@ fn interrupts_are_held_back_as_the_driver_wishes() {
         let start = Instant::now();
         send(&mut b);
         assert!(b.queues[1].poll_used(TIMEOUT).is_ok());
-        assert!(start.elapsed() < Duration::from_millis(250), "not shown at once");
+        assert!(start.elapsed() < hold, "not shown at once");
         let rang = wait_readable(b.queues[1].call_fd(), TIMEOUT).unwrap();
         let took = start.elapsed();
-        assert!(rang && took > Duration::from_millis(280), "interrupted after {took:?}");
-        assert!(took < Duration::from_secs(3), "interrupted after {took:?}");
+        assert!(rang && took >= hold, "interrupted after {took:?}");
         b.queues[1].call_fd().drain();
         // The fourth frame rings at once.
         let start = Instant::now();
@@ -512,13 +512,13 @@ fn interrupts_are_held_back_as_the_driver_wishes() {
             assert!(b.queues[1].poll_used(TIMEOUT).is_ok());
         }
         assert!(wait_readable(b.queues[1].call_fd(), TIMEOUT).unwrap());
-        assert!(start.elapsed() < Duration::from_millis(280), "{:?}", start.elapsed());
+        assert!(start.elapsed() < hold, "{:?}", start.elapsed());
         b.queues[1].call_fd().drain();
         // Both zero: as before.
         assert_eq!(b.control(&[6, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Some(0));
         let start = Instant::now();
         send(&mut b);
         assert!(wait_readable(b.queues[1].call_fd(), TIMEOUT).unwrap());
-        assert!(start.elapsed() < Duration::from_millis(280), "{:?}", start.elapsed());
+        assert!(start.elapsed() < hold, "{:?}", start.elapsed());
     }
 }

@@ -428,3 +428,19 @@ fn a_stopped_ring_does_not_come_back_by_itself() {
     drop(front_end);
     thread.join().unwrap();
 }
+
+/// With LOG_SHMFD the front end waits for the answer to SET_LOG_BASE, whatever it will be.
+#[test]
+fn a_log_that_cannot_be_used_is_answered() {
+    let (mut front_end, thread) = session(Arc::new(Inverter), SessionOptions::default());
+    front_end.negotiate(RingFormat::Split.features(), u64::MAX).unwrap();
+    assert!(front_end.has(Protocol::LOG_SHMFD));
+    let file = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 4096).unwrap();
+    let answer = front_end.set_log_base(1 << 20, 0, file.as_fd()).unwrap();
+    assert_ne!(answer.as_u64().unwrap(), 0);
+    let answer = front_end.set_log_base(4096, 0, file.as_fd()).unwrap();
+    assert_eq!(answer.as_u64().unwrap(), 0);
+    drop(front_end);
+    thread.join().unwrap();
+}

@@ -12,6 +12,7 @@
 //! A user-mode network's connection ends when its program does. The cable is out then, as far as the
 //! guest can see, and frames stay in its ring until the keeper sends another connection.
 
+mod fetch;
 mod frame_io;
 mod moderation;
 mod rest;
@@ -29,7 +30,7 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
 use self::frame_io::FrameIo;
-use self::moderation::{Moderation, of_sent_frames};
+use self::moderation::{Bulk, Moderation, OF_BULK, of_sent_frames};
 use self::rest::Rest;
 use self::rx::RxSide;
 use self::tx::TxSide;
@@ -79,6 +80,7 @@ pub struct NetWorker {
     metrics: PairMetrics,
     rx_signals: Moderation,
     tx_signals: Moderation,
+    rx_bulk: Bulk,
     /// Whether to be woken by frames, or to look for them later.
     rest: Rest,
     look_at: Option<Instant>,
@@ -111,6 +113,7 @@ impl NetWorker {
             metrics,
             rx_signals: Moderation::default(),
             tx_signals: Moderation::default(),
+            rx_bulk: Bulk::new(Instant::now()),
             rest: Rest::new(Instant::now()),
             look_at: None,
         })
@@ -132,11 +135,18 @@ impl NetWorker {
             return Progress::Waiting;
         };
         self.rx_at = None;
-        self.rx_signals.set(self.shared.coalescing(Flow::Rx), Coalescing::default(), queue);
+        let now = Instant::now();
+        let ours = if self.rx_bulk.is_on(now) { OF_BULK } else { Coalescing::default() };
+        self.rx_signals.set(self.shared.coalescing(Flow::Rx), ours, queue);
         let before = self.metrics.rx_frames.get();
+        let bytes_before = queue.metrics().bytes_written.get();
         let turn = self.rx.turn(io, queue);
         let frames = self.metrics.rx_frames.get() - before;
+        self.rx_bulk.add(queue.metrics().bytes_written.get() - bytes_before, now);
         self.rx_signals.after_turn(queue, frames);
+        if turn == Turn::NoBuffers {
+            self.rx_signals.out_of_buffers(queue);
+        }
         if self.rx_signals.due().is_some() {
             self.set_timer(cx);
         }

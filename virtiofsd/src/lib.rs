@@ -21,6 +21,7 @@ pub mod fuse;
 mod group;
 pub mod handle_store;
 pub mod inode_store;
+mod pace;
 pub mod passthrough;
 mod seccomp;
 pub mod slow_pool;

@@ -28,6 +28,7 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use crate::fuse::reply::Reply;
 use crate::fuse::wire::InHeader;
 use crate::fuse::{Extension, Outcome, Scratch, Server, Wait};
+use crate::pace::Pace;
 use crate::slow_pool::{Finished, LockThreads, Mailbox, SlowPool};
 use crate::thread_waits;
 
@@ -50,65 +51,10 @@ const HIGH_PRIORITY: u16 = 0;
 /// a ring of 128, the smallest in use, and nobody can tell that an INTERRUPT was so much later.
 const REST: Duration = Duration::from_micros(50);
 
-/// A batch of requests done at once that took so long, a nanosecond for each byte moved taken off, may have
-/// waited for storage.
-const SLOW_BATCH: Duration = Duration::from_millis(2);
-/// After one, so many batches are looked at for waits.
-const WATCHED_BATCHES: u8 = 64;
-/// A request that a slow thread did in this time need not have gone to it...
-const FAST_REQUEST: Duration = Duration::from_micros(200);
-/// ...and after so many in a row they no longer do.
-const FAST_ROW: u8 = 16;
-
 const TOKEN_MAILBOX: u64 = 1;
 
 /// Between two interruptions of those who wait for locks, until all are back.
 const INTERRUPT_AGAIN: Duration = Duration::from_millis(20);
-
-/// Whether storage is slow at present.
-#[derive(Debug, Default)]
-struct Pace {
-    slow: bool,
-    /// Requests in a row that slow threads did fast.
-    fast: u8,
-    /// Batches to come whose waits are counted, since one took long.
-    watched: u8,
-}
-
-impl Pace {
-    /// Before a batch: how often the thread has waited, if that is to be known.
-    #[inline]
-    fn before_batch(&self) -> Option<i64> {
-        (self.watched > 0).then(thread_waits::count)
-    }
-
-    /// A batch that moved `bytes` of data took `time` on the worker's thread, which had waited as often as
-    /// [`Self::before_batch`] said, and now as `waits` says.
-    #[inline]
-    fn after_batch(
-        &mut self,
-        time: Duration,
-        bytes: u64,
-        before: Option<i64>,
-        waits: impl FnOnce() -> i64,
-    ) {
-        self.watched = self.watched.saturating_sub(1);
-        if time <= SLOW_BATCH || time - SLOW_BATCH <= Duration::from_nanos(bytes) {
-            return;
-        }
-        match before {
-            Some(before) if waits() > before => *self = Self { slow: true, ..Self::default() },
-            // Another thread may have had the CPU meanwhile.
-            _ => self.watched = WATCHED_BATCHES,
-        }
-    }
-
-    /// A slow thread took `time` for a request.
-    fn after_slow_thread(&mut self, time: Duration) {
-        self.fast = if time <= FAST_REQUEST { self.fast.saturating_add(1) } else { 0 };
-        self.slow &= self.fast < FAST_ROW;
-    }
-}
 
 /// A SETLKW whose lock is taken, and that has no thread.
 #[derive(Debug)]
@@ -269,10 +215,10 @@ impl<F: Extension> FsWorker<F> {
         self.locks.push(waiting);
     }
 
-    /// Counts the bytes of a batch, and takes note of how long it took.
-    fn end_batch(&mut self, queue: &Queue, took: Duration, waits: Option<i64>) {
+    /// Counts the bytes of a batch, and takes note of when it ended.
+    fn end_batch(&mut self, queue: &Queue, end: Instant) {
         let bytes = self.scratch.bytes_read.saturating_add(self.scratch.bytes_written);
-        self.pace.after_batch(took, bytes, waits, thread_waits::count);
+        self.pace.after_batch(end, bytes, thread_waits::usage);
         self.count_bytes(queue);
     }
 
@@ -384,10 +330,10 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
         let start = Instant::now();
-        let waits = self.pace.before_batch();
+        self.pace.before_batch(start, thread_waits::usage);
         // With DAX, such requests may need an answer of the VMM's, which only the worker can put off.
         self.scratch.storage_is_slow =
-            self.pace.slow && self.server.file_system().dax_window() == 0;
+            self.pace.is_slow() && self.server.file_system().dax_window() == 0;
         let (mut replies, mut bytes) = (0, 0);
         let mut begun = start;
         let mut progress = Progress::More;
@@ -406,7 +352,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
             }
         }
         let done = self.count_batch(begun);
-        self.end_batch(queue, done.duration_since(start), waits);
+        self.end_batch(queue, done);
         self.before_waiting(cx);
         progress
     }
@@ -443,44 +389,5 @@ impl<F: Extension> Drop for FsWorker<F> {
     fn drop(&mut self) {
         // Chains with slow threads point into memory that the queues keep mapped, and these go next.
         self.drain(None);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn storage_is_slow_until_slow_threads_are_fast_in_a_row() {
-        let (slow, fast) = (Duration::from_millis(3), Duration::from_micros(50));
-        let mut pace = Pace::default();
-        pace.after_batch(fast, 0, pace.before_batch(), || 0);
-        // Three milliseconds are little for four megabytes.
-        pace.after_batch(slow, 4 << 20, pace.before_batch(), || 0);
-        assert_eq!(pace.before_batch(), None);
-        // Long batches in which the thread did not wait: it had no CPU.
-        pace.after_batch(slow, 4096, pace.before_batch(), || 7);
-        assert!(pace.before_batch().is_some());
-        pace.after_batch(slow, 4096, Some(7), || 7);
-        assert!(!pace.slow);
-        pace.after_batch(slow, 4096, Some(7), || 8);
-        assert!(pace.slow);
-        for _ in 0..FAST_ROW - 1 {
-            pace.after_slow_thread(fast);
-        }
-        pace.after_slow_thread(slow);
-        assert!(pace.slow);
-        for _ in 0..FAST_ROW {
-            assert!(pace.slow);
-            pace.after_slow_thread(fast);
-        }
-        assert!(!pace.slow);
-        // Suspicion ends.
-        pace.after_batch(slow, 0, None, || 0);
-        for _ in 0..WATCHED_BATCHES {
-            assert!(pace.before_batch().is_some());
-            pace.after_batch(fast, 0, Some(0), || 0);
-        }
-        assert_eq!(pace.before_batch(), None);
     }
 }

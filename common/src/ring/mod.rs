@@ -112,6 +112,8 @@ pub struct Queue {
     /// Signals are held back, and one is.
     held: bool,
     owed: bool,
+    /// Entries shown since the one that owes it, that one's batch included.
+    owed_for: u16,
     metrics: Arc<QueueMetrics>,
 }
 
@@ -264,8 +266,10 @@ impl Queue {
                 };
                 if let Some(inflight) = inflight {
                     let size = self.size;
-                    let entry = inflight
-                        .take(found.count, |i| ring.descriptor(found.head.plus(i, size).index));
+                    let entry = inflight.take(found.count, |i| match i {
+                        0 => found.first,
+                        i => ring.descriptor(found.head.plus(i, size).index),
+                    });
                     chain.token.inflight = entry;
                 }
                 fault.map_or(Ok(true), Err)
@@ -382,9 +386,11 @@ impl Queue {
     /// Shows the driver everything pushed, and signals it once if it wants that.
     #[inline]
     pub fn publish(&mut self) {
+        let count;
         let signal = match &mut self.format {
             Format::Split { ring, inflight, .. } => {
-                if ring.unpublished() == 0 {
+                count = ring.unpublished();
+                if count == 0 {
                     return;
                 }
                 let signal = ring.publish();
@@ -394,7 +400,8 @@ impl Queue {
                 signal
             }
             Format::Packed { ring, inflight, .. } => {
-                if ring.unpublished() == 0 {
+                count = ring.unpublished();
+                if count == 0 {
                     return;
                 }
                 if let Some(inflight) = inflight {
@@ -410,12 +417,20 @@ impl Queue {
         if self.memory.get().log().is_some() {
             self.log_ring();
         }
-        if signal {
-            self.owed = true;
-            if !self.held {
-                self.signal_now();
-            }
+        if self.owed {
+            self.owed_for = self.owed_for.saturating_add(count);
+        } else if signal {
+            (self.owed, self.owed_for) = (true, count);
         }
+        if !self.held {
+            self.signal_now();
+        }
+    }
+
+    #[inline]
+    fn signal(&self) {
+        self.metrics.signals.add(1);
+        self.call.signal();
     }
 
     /// Holds signals to the driver back, or no longer does: its used entries are shown all the same.
@@ -431,12 +446,19 @@ impl Queue {
         self.owed
     }
 
-    /// Signals the driver if that was held back.
+    /// Signals the driver if that was held back, and it still wants to hear of it: one that looked into
+    /// the ring of its own accord meanwhile has moved its event on.
     #[inline]
     pub fn signal_now(&mut self) {
-        if std::mem::take(&mut self.owed) {
-            self.metrics.signals.add(1);
-            self.call.signal();
+        if !std::mem::take(&mut self.owed) {
+            return;
+        }
+        let still_wanted = match &self.format {
+            Format::Split { ring, .. } => ring.wants_signal(self.owed_for),
+            Format::Packed { ring, .. } => ring.wants_signal(self.owed_for),
+        };
+        if still_wanted || self.owed_for >= self.size {
+            self.signal();
         }
     }
 

@@ -76,6 +76,8 @@ pub(super) struct Found {
     pub(super) head: Position,
     /// Ring descriptors it takes.
     pub(super) count: u16,
+    /// The first of them, as it was read.
+    pub(super) first: PackedDescriptor,
 }
 
 #[derive(Debug)]
@@ -243,8 +245,9 @@ impl PackedRing {
         let mut at = head;
         let mut count = 0u16;
         let mut fault = None;
+        let first = self.desc.packed_descriptor(at.index, flags);
+        let mut d = first;
         let id = loop {
-            let d = self.desc.packed_descriptor(at.index, flags);
             count += 1;
             at = at.plus(1, self.size);
             if fault.is_none()
@@ -262,11 +265,12 @@ impl PackedRing {
                 return Err((RingError::TooLong, None));
             }
             flags = self.flags_at(at.index, Ordering::Acquire);
+            d = self.desc.packed_descriptor(at.index, flags);
         };
         chain.token = Token { id, count, head: head.bits(), ..Token::default() };
         self.avail = at;
         self.taken += count;
-        let found = Found { head, count };
+        let found = Found { head, count, first };
         match fault {
             None => Ok(Some(found)),
             Some(e) => Err((e, Some(found))),
@@ -339,6 +343,12 @@ impl PackedRing {
         self.taken = self.taken.saturating_sub(batch);
         // As in the split ring: our store before their wish.
         fence(Ordering::SeqCst);
+        self.wants_signal(batch)
+    }
+
+    /// Whether the driver wants, as of now, an interrupt for the last `batch` descriptors shown.
+    #[inline]
+    pub(super) fn wants_signal(&self, batch: u16) -> bool {
         let flags = self.driver_event.load16(2, Ordering::Acquire);
         match flags & 3 {
             EVENT_ENABLE => true,

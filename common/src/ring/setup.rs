@@ -123,6 +123,7 @@ impl QueueSetup {
             retired: None,
             held: false,
             owed: false,
+            owed_for: 0,
             metrics: self.metrics,
         })
     }

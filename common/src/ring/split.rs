@@ -191,15 +191,21 @@ impl SplitRing {
     /// Shows the driver all entries written; true if it wants an interrupt for them.
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
-        let old = self.published;
+        let count = self.unpublished();
         self.used.store16(2, self.next_used, Ordering::Release);
         self.published = self.next_used;
         // Full fence: the store of used.idx must be visible before the driver's wish is read,
         // or both sides could go to sleep.
         fence(Ordering::SeqCst);
+        self.wants_signal(count)
+    }
+
+    /// Whether the driver wants, as of now, an interrupt for the last `count` entries shown.
+    #[inline]
+    pub(super) fn wants_signal(&self, count: u16) -> bool {
         if self.event_idx {
             let event = self.avail.load16(4 + 2 * usize::from(self.size), Ordering::Relaxed);
-            notify::need_event(event, self.next_used, old)
+            notify::need_event(event, self.published, self.published.wrapping_sub(count))
         } else {
             self.avail.load16(0, Ordering::Relaxed) & AVAIL_F_NO_INTERRUPT == 0
         }

@@ -417,3 +417,51 @@ fn giving_back_chains_around_a_rejected_one_loses_and_repeats_none() {
         }
     }
 }
+
+/// One chain goes through `queue` while signals are held back; the signals when the held one is due.
+fn signals_after(world: &mut World, queue: &mut Queue, meanwhile: impl Fn(&mut World)) -> u64 {
+    world.driver.enable_interrupts();
+    assert!(world.driver.add(&[Buffer::readable(BUFFERS, 8)], world.added));
+    world.added += 1;
+    let mut chain = Chain::new();
+    assert!(queue.pop(&mut chain));
+    queue.push(&mut chain, 0);
+    let before = queue.metrics().signals.get();
+    queue.publish();
+    assert!(queue.owes_signal());
+    assert_eq!(queue.metrics().signals.get(), before, "it was held back");
+    meanwhile(world);
+    queue.signal_now();
+    assert!(!queue.owes_signal());
+    queue.metrics().signals.get() - before
+}
+
+#[test]
+fn a_held_signal_goes_to_drivers_that_still_want_it() {
+    for format in RingFormat::ALL {
+        for features in [format.features(), format.features() | EVENT_IDX] {
+            let mut world = World::new(features);
+            let mut queue = world.start(world.driver.initial_base());
+            queue.hold_signals(true);
+            // More often than the ring is long, so that its positions wrap.
+            for _ in 0..3 * SIZE {
+                assert_eq!(signals_after(&mut world, &mut queue, |_| ()), 1);
+                world.collect();
+                // It looked of its own accord, and waits for the next entry.
+                let looked = signals_after(&mut world, &mut queue, |world| {
+                    world.collect();
+                    world.driver.enable_interrupts();
+                });
+                // Without an event index the wish says nothing of which entry.
+                assert_eq!(looked, u64::from(features & EVENT_IDX == 0));
+                if features & EVENT_IDX == 0 {
+                    let polls = |world: &mut World| {
+                        world.collect();
+                        world.driver.disable_interrupts();
+                    };
+                    assert_eq!(signals_after(&mut world, &mut queue, polls), 0);
+                }
+            }
+        }
+    }
+}

@@ -270,14 +270,20 @@ pub struct UringLoop<H> {
 
 /// A ring with the best flags that this kernel has.
 fn build_ring() -> io::Result<IoUring> {
-    IoUring::builder()
+    let mut builder = IoUring::builder();
+    builder
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .setup_submit_all()
         .setup_r_disabled()
-        .setup_cqsize(CQ_ENTRIES)
+        .setup_cqsize(CQ_ENTRIES);
+    let without = builder.clone();
+    builder
+        .setup_no_sqarray()
         .build(SQ_ENTRIES)
+        // Linux before 6.6.
+        .or_else(|_| without.build(SQ_ENTRIES))
         // Linux before 6.1.
         .or_else(|_| IoUring::builder().setup_cqsize(CQ_ENTRIES).build(SQ_ENTRIES))
 }

@@ -18,7 +18,8 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::tx::{Gate, Next, Slot};
+use super::fetch::fetch;
+use super::tx::{Gate, Next, Slot, take};
 use super::{Turn, answer_commands, has, is_mergeable};
 use crate::backend::switch::SwitchPort;
 use crate::checksum::{checksum, sum, udp_checksum};
@@ -112,9 +113,10 @@ pub struct Receiver {
     generation: u32,
     header_size: usize,
     mergeable: bool,
-    /// Chains for the frame in hand, in order.
+    /// Chains taken ahead, in order: those from `next` to `have` are not used yet. The others are empty.
     chains: Vec<Chain>,
-    spare: Vec<Chain>,
+    next: usize,
+    have: usize,
     /// A frame whose checksum is filled in here.
     room: Vec<u8>,
     /// A super-frame that is cut.
@@ -135,16 +137,19 @@ impl Receiver {
             header_size: header_size(features),
             mergeable: is_mergeable(features),
             chains: Vec::new(),
-            spare: Vec::new(),
+            next: 0,
+            have: 0,
             room: Vec::new(),
             whole: Vec::new(),
             exhausted: false,
         }
     }
 
-    /// A batch begins.
-    fn begin(&mut self) {
+    /// A batch of `frames` begins.
+    fn begin(&mut self, frames: usize) {
         self.exhausted = false;
+        (self.next, self.have) = (0, 0);
+        while self.have < frames && self.take_chain() {}
         if self.shared.generation() != self.generation {
             self.generation = self.shared.generation();
             self.filter = self.shared.rx_filter();
@@ -185,12 +190,11 @@ impl Receiver {
     /// Gives a frame that the driver takes as it is, but for the checksum.
     fn give(&mut self, frame: &Frame<'_>, offloads: u64) -> bool {
         let bytes = self.header_size + frame.len;
-        if self.exhausted || !self.stage(bytes) {
+        let Some(count) = self.stage(bytes) else {
             self.metrics.rx_dropped.add(1);
             return false;
-        }
+        };
         if self.shared.limiter.try_take(Direction::Read, 1, bytes as u64, Instant::now).is_err() {
-            self.unstage();
             self.metrics.rx_limited.add(1);
             return false;
         }
@@ -199,74 +203,118 @@ impl Receiver {
             let mut room = std::mem::take(&mut self.room);
             frame.finish(&mut room);
             let header = NetHeader::new_zeroed();
-            self.copy(&Frame { header, head: &room, rest: &[], len: room.len() });
+            self.copy(&Frame { header, head: &room, rest: &[], len: room.len() }, count);
             self.room = room;
         } else {
-            self.copy(frame);
+            self.copy(frame, count);
         }
         self.metrics.rx_frames.add(1);
         self.queue.metrics().bytes_written.add(bytes as u64);
         true
     }
 
-    /// Takes chains for `bytes`; takes none if there are too few.
-    fn stage(&mut self, bytes: usize) -> bool {
+    /// Takes one more chain ahead; false if there is none.
+    #[inline]
+    fn take_chain(&mut self) -> bool {
+        if self.have == self.chains.len() {
+            self.chains.push(Chain::new());
+        }
+        let Some(chain) = self.chains.get_mut(self.have) else { return false };
+        if !self.queue.pop(chain) {
+            return false;
+        }
+        fetch(&chain.writable);
+        self.have += 1;
+        true
+    }
+
+    /// Makes the chains from `next` on hold `bytes`; gives how many those are, `None` if there are too few.
+    #[inline]
+    fn stage(&mut self, bytes: usize) -> Option<usize> {
+        if self.exhausted {
+            return None;
+        }
+        match self.chains.get(self.next) {
+            Some(chain) if self.next < self.have && chain.writable.len() >= bytes => Some(1),
+            _ => self.stage_many(bytes),
+        }
+    }
+
+    fn stage_many(&mut self, bytes: usize) -> Option<usize> {
         let most = if self.mergeable { usize::from(self.queue.size()) } else { 1 };
         let mut room = 0;
-        while room < bytes && self.chains.len() < most {
-            let mut chain = self.spare.pop().unwrap_or_default();
-            if !self.queue.pop(&mut chain) {
-                self.spare.push(chain);
+        let mut count = 0;
+        while room < bytes && count < most {
+            if self.next + count == self.have && !self.take_chain() {
                 break;
             }
-            if self.chains.is_empty()
-                && chain.writable.len() < self.header_size + ETHERNET_HEADER_SIZE
-            {
+            let chain = self.chains.get_mut(self.next + count)?;
+            let len = chain.writable.len();
+            if count == 0 && len < self.header_size + ETHERNET_HEADER_SIZE {
                 // The guest's mistake: it can hold no frame's start.
                 self.queue.metrics().rejected.add(1);
-                self.queue.push(&mut chain, 0);
-                self.spare.push(chain);
+                self.queue.push(chain, 0);
+                self.next += 1;
                 continue;
             }
-            room += chain.writable.len();
-            self.chains.push(chain);
+            room += len;
+            count += 1;
         }
         if room < bytes {
             // Trying again for every frame of a batch would let a guest with many tiny buffers hold
             // its senders up. Without merging, one too small buffer says nothing of other frames.
-            self.exhausted = self.mergeable || self.chains.is_empty();
-            self.unstage();
+            self.exhausted = self.mergeable || count == 0;
+            return None;
         }
-        room >= bytes
+        Some(count)
     }
 
-    /// Gives the chains in hand back to the ring.
-    fn unstage(&mut self) {
-        while let Some(mut chain) = self.chains.pop() {
-            self.queue.unpop(&mut chain);
-            self.spare.push(chain);
+    /// The batch is over: chains that nothing needed go back to the ring.
+    fn end(&mut self) {
+        for chain in self.chains.iter_mut().take(self.have).skip(self.next).rev() {
+            self.queue.unpop(chain);
         }
+        (self.next, self.have) = (0, 0);
+        self.queue.publish();
     }
 
-    /// Copies header and frame into the chains in hand, which are large enough, and uses them.
-    fn copy(&mut self, frame: &Frame<'_>) {
+    /// Copies header and frame into the next `count` chains, which are large enough, and uses them.
+    #[inline]
+    fn copy(&mut self, frame: &Frame<'_>, count: usize) {
         let mut header = frame.header;
         // A ring has at most 32,768 chains.
-        header.num_buffers = u16::try_from(self.chains.len()).unwrap_or(u16::MAX).into();
-        let mut at = 0;
-        let bytes = header.as_bytes();
-        copy_to(&mut self.chains, &mut at, bytes.as_ptr(), self.header_size.min(bytes.len()));
-        copy_to(&mut self.chains, &mut at, frame.head.as_ptr(), frame.head.len());
-        for part in frame.rest {
-            copy_to(&mut self.chains, &mut at, part.iov_base.cast(), part.iov_len);
+        header.num_buffers = u16::try_from(count).unwrap_or(u16::MAX).into();
+        let header = header.as_bytes();
+        let header = header.get(..self.header_size).unwrap_or(header);
+        let range = self.next..self.next + count;
+        self.next += count;
+        let Some(chains) = self.chains.get_mut(range) else { return };
+        if let ([chain], []) = (&mut *chains, frame.rest)
+            && let [part, ..] = chain.writable.as_slice()
+            && part.iov_len >= header.len() + frame.head.len()
+        {
+            let to = part.iov_base.cast::<u8>();
+            // SAFETY: the part has room for both; see `copy_to`. These sources are ours.
+            unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), to, header.len()) };
+            let (to, head) = (to.wrapping_add(header.len()), frame.head);
+            // SAFETY: as above.
+            unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), to, head.len()) };
+            // A frame with header is shorter than 2^17 bytes.
+            let written = u32::try_from(header.len() + head.len()).unwrap_or(0);
+            self.queue.push(chain, written);
+            return;
         }
-        for mut chain in self.chains.drain(..) {
+        let mut at = 0;
+        copy_to(chains, &mut at, header.as_ptr(), header.len());
+        copy_to(chains, &mut at, frame.head.as_ptr(), frame.head.len());
+        for part in frame.rest {
+            copy_to(chains, &mut at, part.iov_base.cast(), part.iov_len);
+        }
+        for chain in chains {
             let left = chain.writable.len();
             chain.writable.rewind();
-            // A frame with header is shorter than 2^17 bytes.
             let written = u32::try_from(chain.writable.len() - left).unwrap_or(0);
-            self.queue.push(&mut chain, written);
-            self.spare.push(chain);
+            self.queue.push(chain, written);
         }
     }
 }
@@ -297,7 +345,10 @@ struct Out {
     header: NetHeader,
     copied: usize,
     to: u64,
+    /// A port has it.
     taken: bool,
+    /// Its chain is still to be given back.
+    waits: bool,
 }
 
 /// The worker of one port.
@@ -319,6 +370,7 @@ impl SwitchWorker {
             copied: 0,
             to: 0,
             taken: false,
+            waits: false,
         };
         let metrics = shared.metrics.first().cloned().unwrap_or_default();
         Self {
@@ -333,13 +385,13 @@ impl SwitchWorker {
         let mut left = BUDGET;
         let mut begun = Instant::now();
         loop {
-            let (count, taken, end) = self.fill(queue);
-            self.switch(queue, count);
+            let (chains, end) = self.fill(queue);
+            let frames = self.switch(queue, chains);
             queue.publish();
-            if count > 0 {
-                begun = self.gate.metrics.tx_latency.record_since(begun, count as u64);
+            if frames > 0 {
+                begun = self.gate.metrics.tx_latency.record_since(begun, frames);
             }
-            left = left.saturating_sub(taken);
+            left = left.saturating_sub(chains);
             match end {
                 Some(end) => return end,
                 None if left == 0 => return Turn::Budget,
@@ -348,41 +400,48 @@ impl SwitchWorker {
         }
     }
 
-    /// Takes a batch. Gives the frames to switch, the chains taken, and why there are no more, if so.
-    fn fill(&mut self, queue: &mut Queue) -> (usize, usize, Option<Turn>) {
+    /// Takes a batch. Gives the chains taken, and why there are no more, if so.
+    fn fill(&mut self, queue: &mut Queue) -> (usize, Option<Turn>) {
         let tick = self.port.tick();
-        let mut count = 0;
-        for taken in 0..BATCH {
-            let Some(out) = self.out.get_mut(count) else { break };
-            match self.gate.next(queue, &mut out.slot) {
+        let chains = take(queue, self.out.iter_mut().map(|out| &mut out.slot));
+        let mut last = None;
+        for at in 0..chains {
+            let Some(out) = self.out.get_mut(at) else { break };
+            (out.to, out.taken, out.waits) = (0, false, false);
+            match self.gate.check(queue, &mut out.slot) {
                 Next::Frame(copied) => {
-                    if let Some(to) = route(self.gate.header_size, &self.port, out, copied, tick) {
-                        out.to = to;
-                        count += 1;
-                        // What is behind must not be pushed before: the order is the guest's.
-                        continue;
+                    out.waits = true;
+                    match route(self.gate.header_size, &self.port, out, copied, tick, &mut last) {
+                        Some(to) => out.to = to,
+                        None => {
+                            self.gate.metrics.tx_spoofed.add(1);
+                            out.waits = false;
+                            queue.push(&mut out.slot.chain, 0);
+                        }
                     }
-                    self.gate.metrics.tx_spoofed.add(1);
-                    queue.push(&mut out.slot.chain, 0);
                 }
                 Next::Dropped => {}
-                Next::Empty => return (count, taken, Some(Turn::Done)),
-                Next::Limited(at) => return (count, taken, Some(Turn::Limited(at))),
+                Next::Limited(until) => {
+                    for out in self.out.iter_mut().take(chains).skip(at).rev() {
+                        queue.unpop(&mut out.slot.chain);
+                    }
+                    return (at, Some(Turn::Limited(until)));
+                }
             }
         }
-        (count, BATCH, None)
+        (chains, (chains < BATCH).then_some(Turn::Done))
     }
 
-    /// Brings the first `count` frames where they go, a destination at a time.
-    fn switch(&mut self, queue: &mut Queue, count: usize) {
-        let batch = self.out.get_mut(..count).unwrap_or_default();
+    /// Brings the frames of the first `chains` where they go, a destination at a time; gives their number.
+    fn switch(&mut self, queue: &mut Queue, chains: usize) -> u64 {
+        let batch = self.out.get_mut(..chains).unwrap_or_default();
         let mut ports = batch.iter().fold(0, |all, out| all | out.to);
         while ports != 0 {
             let at = ports.trailing_zeros();
             ports &= ports - 1;
             let Some((mut receiver, offloads)) = self.port.peer(at as usize) else { continue };
             let Some(receiver) = receiver.as_mut() else { continue };
-            receiver.begin();
+            receiver.begin(batch.iter().filter(|out| (out.to >> at) & 1 != 0).count());
             for out in batch.iter_mut().filter(|out| (out.to >> at) & 1 != 0) {
                 let frame = Frame {
                     header: out.header,
@@ -392,10 +451,11 @@ impl SwitchWorker {
                 };
                 out.taken |= receiver.receive(&frame, offloads);
             }
-            receiver.queue.publish();
+            receiver.end();
         }
-        let (mut bytes, mut sent) = (0, 0);
-        for out in batch {
+        let (mut bytes, mut sent, mut frames) = (0, 0, 0);
+        for out in batch.iter_mut().filter(|out| out.waits) {
+            frames += 1;
             if out.taken {
                 bytes += out.slot.len as u64;
                 sent += 1;
@@ -403,8 +463,9 @@ impl SwitchWorker {
             queue.push(&mut out.slot.chain, 0);
         }
         self.gate.metrics.tx_frames.add(sent);
-        self.gate.metrics.tx_failed.add(count as u64 - sent);
+        self.gate.metrics.tx_failed.add(frames - sent);
         queue.metrics().bytes_read.add(bytes);
+        frames
     }
 
     fn take_receiver(&self) -> Option<Box<Queue>> {
@@ -412,22 +473,34 @@ impl SwitchWorker {
     }
 }
 
-/// Where a frame goes, and its clean header in `out`; `None`: its address is another port's.
+/// Addresses as they stand in a frame, and where such a frame goes.
+type Way = ([MacAddr; 2], u64);
+
+/// Where a frame goes, and its clean header in `out`; `None`: its address is another port's. `last` is the
+/// way of the frame before, which is most often that of the next one too.
+#[inline]
 fn route(
     header_size: usize,
     port: &SwitchPort,
     out: &mut Out,
     copied: usize,
     tick: u64,
+    last: &mut Option<Way>,
 ) -> Option<u64> {
     let (header, frame) = out.slot.head.get(..copied)?.split_at_checked(header_size)?;
     out.header = NetHeader::new_zeroed();
     out.header.as_mut_bytes().get_mut(..header.len())?.copy_from_slice(header);
     out.copied = copied;
-    out.taken = false;
     let (to, rest) = MacAddr::read_from_prefix(frame).ok()?;
     let (from, _) = MacAddr::read_from_prefix(rest).ok()?;
-    port.route(to, from, tick)
+    if let Some((addresses, ports)) = *last
+        && addresses == [to, from]
+    {
+        return Some(ports);
+    }
+    let ports = port.route(to, from, tick)?;
+    *last = Some(([to, from], ports));
+    Some(ports)
 }
 
 impl QueueHandler for SwitchWorker {

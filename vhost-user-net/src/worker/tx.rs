@@ -15,6 +15,7 @@ use outboard_common::ring::{Chain, Queue};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::Turn;
+use super::fetch::fetch;
 use super::frame_io::FrameIo;
 use crate::batch::{FrameMemory, Transfer};
 use crate::filter::INSPECTED_BYTES;
@@ -37,16 +38,14 @@ pub(super) struct Slot {
     pub(super) len: usize,
 }
 
-/// What the gate says of the next chain.
+/// What the gate says of a chain.
 #[derive(Debug)]
 pub(super) enum Next {
     /// A frame that may go, so many bytes of it in the slot's head.
     Frame(usize),
     /// One that may not. It was counted and given back.
     Dropped,
-    /// There is none.
-    Empty,
-    /// A limit is reached; the chain is in the ring again.
+    /// A limit is reached; the chain is still in the slot.
     Limited(Instant),
 }
 
@@ -75,19 +74,15 @@ impl Gate {
         self.offloads = TxOffloads::new(features);
     }
 
-    /// Takes the next chain of `queue` into `slot`.
+    /// Looks at the chain in `slot`, which came from `queue`.
     #[inline]
-    pub(super) fn next(&mut self, queue: &mut Queue, slot: &mut Slot) -> Next {
-        if !queue.pop(&mut slot.chain) {
-            return Next::Empty;
-        }
+    pub(super) fn check(&mut self, queue: &mut Queue, slot: &mut Slot) -> Next {
         let bytes = slot.chain.readable.len() as u64;
         if self.prepaid > 0 {
             self.prepaid -= 1;
         } else if let Err(at) =
             self.shared.limiter.try_take(Direction::Write, 1, bytes, Instant::now)
         {
-            queue.unpop(&mut slot.chain);
             return Next::Limited(at);
         }
         match slot.prepare(self.header_size, self.offloads) {
@@ -107,6 +102,19 @@ impl Gate {
         queue.push(&mut slot.chain, 0);
         Next::Dropped
     }
+}
+
+/// Takes chains of `queue` into `slots`, as many as there are; gives their number.
+pub(super) fn take<'a>(queue: &mut Queue, slots: impl Iterator<Item = &'a mut Slot>) -> usize {
+    let mut taken = 0;
+    for slot in slots {
+        if !queue.pop(&mut slot.chain) {
+            break;
+        }
+        fetch(&slot.chain.readable);
+        taken += 1;
+    }
+    taken
 }
 
 /// The transmit side of a queue pair.
@@ -152,7 +160,7 @@ impl TxSide {
             }
         }
         loop {
-            let (count, end) = self.fill(queue, left.min(BATCH));
+            let Filled { count, chains, end } = self.fill(queue, left.min(BATCH));
             if count > 0 {
                 let taken = self.send(io, queue, count);
                 queue.publish();
@@ -161,8 +169,9 @@ impl TxSide {
                     self.full = true;
                     return Turn::Full;
                 }
-                left = left.saturating_sub(count);
             }
+            // Frames dropped count too, or a guest that sends rubbish holds the loop.
+            left = left.saturating_sub(chains);
             match end {
                 Some(end) => return end,
                 None if left == 0 => return Turn::Budget,
@@ -171,27 +180,35 @@ impl TxSide {
         }
     }
 
-    /// Takes up to `most` frames; says why there are no more, if so.
-    fn fill(&mut self, queue: &mut Queue, most: usize) -> (usize, Option<Turn>) {
+    /// Takes up to `most` frames.
+    fn fill(&mut self, queue: &mut Queue, most: usize) -> Filled {
+        let chains = take(queue, self.slots.iter_mut().take(most));
         let mut count = 0;
-        // Frames dropped count too, or a guest that sends rubbish holds the loop.
-        let mut dropped = 0;
-        while count < most && dropped < BATCH {
-            let (Some(slot), Some(frame)) = (self.slots.get_mut(count), self.frames.get_mut(count))
+        for at in 0..chains {
+            let (Some(slot), Some(frame)) = (self.slots.get_mut(at), self.frames.get_mut(count))
             else {
                 break;
             };
-            match self.gate.next(queue, slot) {
+            match self.gate.check(queue, slot) {
                 Next::Frame(inspected) => {
-                    slot.lend(inspected, frame);
+                    if at != count {
+                        self.slots.swap(at, count);
+                    }
+                    if let Some(slot) = self.slots.get_mut(count) {
+                        slot.lend(inspected, frame);
+                    }
                     count += 1;
                 }
-                Next::Dropped => dropped += 1,
-                Next::Empty => return (count, Some(Turn::Done)),
-                Next::Limited(at) => return (count, Some(Turn::Limited(at))),
+                Next::Dropped => {}
+                Next::Limited(until) => {
+                    for slot in self.slots.iter_mut().take(chains).skip(at).rev() {
+                        queue.unpop(&mut slot.chain);
+                    }
+                    return Filled { count, chains: at, end: Some(Turn::Limited(until)) };
+                }
             }
         }
-        (count, if dropped == BATCH { Some(Turn::Budget) } else { None })
+        Filled { count, chains, end: (chains < most).then_some(Turn::Done) }
     }
 
     /// Sends the first `count` frames. Gives how many of them the back end took or refused for good;
@@ -231,6 +248,17 @@ impl TxSide {
         queue.metrics().bytes_read.add(bytes);
         taken
     }
+}
+
+/// What [`TxSide::fill`] found.
+#[derive(Debug)]
+struct Filled {
+    /// Frames to send.
+    count: usize,
+    /// Chains they were found in, and others that were dropped.
+    chains: usize,
+    /// Why there are no more, if so.
+    end: Option<Turn>,
 }
 
 impl Slot {

@@ -291,6 +291,8 @@ impl Session {
                 | R::POSTCOPY_END,
             ) => 0u64.as_bytes().to_vec(),
             Ok(R::CHECK_DEVICE_STATE | R::IOTLB_MSG) => 1u64.as_bytes().to_vec(),
+            // Always answered then, so a front end waits for it.
+            Ok(R::SET_LOG_BASE) if self.has_protocol(P::LOG_SHMFD) => 1u64.as_bytes().to_vec(),
             _ if self.wants_ack(header) => 1u64.as_bytes().to_vec(),
             _ => return Ok(()),
         };

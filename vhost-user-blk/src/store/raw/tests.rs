@@ -9,6 +9,8 @@
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use rustix::fs::OFlags;
+
 use super::*;
 
 fn options(path: &Path) -> OpenOptions {
@@ -148,4 +150,32 @@ fn zeroes_are_written_where_nothing_better_is_possible() {
     assert_eq!(found[511], 7);
     assert!(found[512..200_704].iter().all(|&b| b == 0));
     assert_eq!(found[200_704], 7);
+}
+
+/// A guest's reads are no looks at the file, where that can be had: for the file's owner. Others get it all the same.
+#[test]
+fn images_of_others_are_opened_too() {
+    use std::os::unix::fs::PermissionsExt;
+    let flags = |path: &Path| {
+        let file = open_file(&options(path), 0).unwrap();
+        rustix::fs::fcntl_getfl(file).unwrap()
+    };
+    let file = image(4096);
+    assert!(flags(file.path()).contains(OFlags::NOATIME));
+    if !rustix::process::geteuid().is_root() {
+        // Nobody else's file is at hand.
+        return;
+    }
+    let everybody = std::fs::Permissions::from_mode(0o666);
+    file.as_file().set_permissions(everybody).unwrap();
+    let theirs = std::thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            let nobody = rustix::process::Uid::from_raw(65534);
+            // Of this thread alone.
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            flags(file.path())
+        });
+        other.join().unwrap()
+    });
+    assert!(!theirs.contains(OFlags::NOATIME));
 }
