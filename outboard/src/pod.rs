@@ -136,6 +136,13 @@ pub enum Network {
     Macvtap(PathBuf),
     /// An interface that is there, shared through a packet socket.
     Packet(String),
+    /// The host's sockets, through passt: no interface, and no privileges.
+    User {
+        /// TCP ports of the host that lead to the guest, as passt has them.
+        tcp: Vec<String>,
+        /// UDP ports.
+        udp: Vec<String>,
+    },
 }
 
 /// Sockets between guest and host.

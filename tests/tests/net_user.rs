@@ -7,10 +7,13 @@ use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use testkit::daemon::{self, Daemon};
 use testkit::driver::{Buffer, GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, FrontEnd};
@@ -71,8 +74,12 @@ struct Guest {
 
 impl Guest {
     fn new(daemon: &Daemon, format: RingFormat) -> Self {
+        Self::at(daemon.socket(), format)
+    }
+
+    fn at(socket: &Path, format: RingFormat) -> Self {
         let ram = GuestRam::new(4 << 20).unwrap();
-        let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+        let mut frontend = FrontEnd::connect(socket).unwrap();
         let features = !(1 << v::VIRTIO_NET_F_MQ);
         let options = AttachOptions { features, queues: 2, ..AttachOptions::new(format) };
         let (mut queues, _) = frontend.attach(&ram, &options).unwrap();
@@ -234,8 +241,7 @@ fn passt_may_die_and_guests_may_come_and_go() {
         assert_eq!(guest.frontend.get_config(10, 2).unwrap(), 9000u16.to_le_bytes());
         guest.arp();
         let pid = passt_pid(&daemon).unwrap();
-        let passt = rustix::process::Pid::from_raw(pid).unwrap();
-        rustix::process::kill_process(passt, rustix::process::Signal::KILL).unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
         guest.await_link(false);
         guest.await_link(true);
         guest.arp();
@@ -249,6 +255,98 @@ fn passt_may_die_and_guests_may_come_and_go() {
         assert!(Instant::now() < deadline, "passt outlives its daemon");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// A pod's launcher as user nobody; killed with this, and its daemons with it.
+struct Launcher(Child);
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What the launcher says of the pod in `dir`.
+fn pod_state(dir: &Path) -> Option<serde_json::Value> {
+    serde_json::from_str(&fs::read_to_string(dir.join("run/state.json")).ok()?).ok()
+}
+
+/// The process that the number at `pointer` of `state` is.
+fn process(state: &serde_json::Value, pointer: &str) -> Option<Pid> {
+    Pid::from_raw(i32::try_from(state.pointer(pointer)?.as_i64()?).ok()?)
+}
+
+fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "not within {TIMEOUT:?}: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_pod_of_a_user_without_rights_has_a_network() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = namespace(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+    let pod = format!(
+        "run-dir = \"run\"\n[[nic]]\nname = \"eth0\"\nuser = true\nmac = \"02:00:00:00:00:09\"\n\
+         user-udp = [\"{FORWARDED_PORT}\"]\n"
+    );
+    fs::write(dir.path().join("pod.toml"), pod).unwrap();
+    daemon::bin("vhost-user-net").unwrap();
+    let bin = daemon::bin("outboard").unwrap();
+    let as_nobody = |line: &str| {
+        let binds = [(bin.parent().unwrap(), "/outboard")];
+        let mut command = root.command_with("su", &binds).unwrap();
+        command.args(["-s", "/bin/sh", "nobody", "-c", line]);
+        namespace.enter(&mut command);
+        command
+    };
+    let run = format!("exec /outboard/outboard run {}/pod.toml", dir.path().display());
+    let mut launcher = Launcher(as_nobody(&run).stdout(Stdio::null()).spawn().unwrap());
+
+    let socket = dir.path().join("run/eth0.sock");
+    for restarts in 0..2 {
+        // The state tells of a process that may not listen yet; the launcher waits for that only at first.
+        let state = until("the card's daemon runs", || {
+            pod_state(dir.path()).filter(|s| s["devices"][0]["restarts"] == restarts)
+        });
+        let pid = until("it listens", || {
+            UnixStream::connect(dir.path().join("run/eth0.metrics")).ok()?;
+            process(&state, "/devices/0/pid")
+        });
+        let mut guest = Guest::at(&socket, RingFormat::Split);
+        let gateway = guest.arp();
+        let echo = namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap()).unwrap();
+        echo.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let port = echo.local_addr().unwrap().port();
+        guest.send(&udp(gateway, (GATEWAY, port), (MY_IP, 5000), b"hello host"));
+        let mut got = [0; 64];
+        let (n, from) = echo.recv_from(&mut got).unwrap();
+        assert_eq!(&got[..n], b"hello host");
+        echo.send_to(b"hello guest", from).unwrap();
+        guest.receive(|f| is_udp(f, port) && f[42..].starts_with(b"hello guest"));
+        let top =
+            format!("/outboard/outboard top --once --interval 100ms {}/run", dir.path().display());
+        let table = String::from_utf8(as_nobody(&top).output().unwrap().stdout).unwrap();
+        let row = table.lines().find(|line| line.contains("eth0")).unwrap_or_default();
+        assert!(row.contains("net") && !row.contains("down"), "{table}");
+        drop(guest);
+        if restarts == 0 {
+            kill_process(pid, Signal::KILL).unwrap();
+        }
+    }
+    let pid = process(&pod_state(dir.path()).unwrap(), "/pid").unwrap();
+    kill_process(pid, Signal::TERM).unwrap();
+    let status = until("the launcher ends", || launcher.0.try_wait().unwrap());
+    assert!(status.success(), "{status}");
+    assert!(!dir.path().join("run").exists(), "the run directory is left behind");
 }
 
 /// Fetches from the host's loopback, and sends there.

@@ -361,6 +361,9 @@ fn mistakes_of_operators_are_one_sentence_and_exit_code_1() {
         let expected = expected.replace("D/", &format!("{d}/"));
         assert_eq!(output.status.code(), Some(1), "{:?}: {stderr}", arguments.collect::<Vec<_>>());
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        let said: Vec<&str> = stderr.trim_end().split(": ").collect();
+        let is_new = |i: usize| !said[..i].contains(&said[i]);
+        assert!((0..said.len()).all(is_new), "said twice: {stderr}");
         assert!(
             stderr.starts_with("error: ") && stderr.contains(&expected),
             "{expected}: {stderr}"

@@ -28,7 +28,7 @@ pub enum ConfigError {
     #[error("{0}")]
     Entry(&'static str),
     /// The CID is not a guest's.
-    #[error("guest-cid: {0}")]
+    #[error(transparent)]
     Cid(#[from] ReservedCid),
     /// Two VMs have one CID.
     #[error("two VMs have the CID {0}")]

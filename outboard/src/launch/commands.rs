@@ -148,15 +148,23 @@ fn disk(volume: &Volume, path: &Path, keys: &str, limits: &DiskLimits) -> String
 }
 
 fn nic_arguments(nic: &Nic) -> Vec<OsString> {
-    let mut arguments = vec![match &nic.network {
-        Network::Tap(name) => option("--tap", name),
-        Network::Macvtap(path) => option("--macvtap", path),
-        Network::Packet(name) => option("--packet", name),
-    }];
+    let mut arguments = match &nic.network {
+        Network::Tap(name) => vec![option("--tap", name)],
+        Network::Macvtap(path) => vec![option("--macvtap", path)],
+        Network::Packet(name) => vec![option("--packet", name)],
+        Network::User { tcp, udp } => {
+            let tcp = tcp.iter().map(|ports| option("--user-tcp", ports));
+            let udp = udp.iter().map(|ports| option("--user-udp", ports));
+            std::iter::once("--user".into()).chain(tcp).chain(udp).collect()
+        }
+    };
     arguments.extend(nic.netns.iter().map(|path| option("--netns", path)));
     arguments.extend(nic.mac.iter().map(|mac| option("--mac", mac)));
     arguments.extend(nic.mtu.iter().map(|mtu| option("--mtu", mtu.to_string())));
-    arguments.push(option("--queue-pairs", nic.queue_pairs.to_string()));
+    // One is all that there is with `--user`, which does not take the option.
+    if !matches!(nic.network, Network::User { .. }) {
+        arguments.push(option("--queue-pairs", nic.queue_pairs.to_string()));
+    }
     for (limit, names) in
         [(nic.pps, ["--tx-packets", "--rx-packets"]), (nic.bps, ["--tx-bytes", "--rx-bytes"])]
     {
@@ -228,14 +236,29 @@ mod tests {
             pps: Some("1K:1K".parse().unwrap()),
             bps: Some("1M:2M".parse().unwrap()),
         };
+        let user = Nic {
+            name: "u".into(),
+            network: Network::User {
+                tcp: vec!["8022:22".into(), "80".into()],
+                udp: vec!["53".into()],
+            },
+            netns: None,
+            mtu: None,
+            queue_pairs: 1,
+            pps: None,
+            bps: None,
+            ..nic.clone()
+        };
         let vsock = Vsock { cid: 7, uds_path: None };
         assert_eq!(
-            lines(Vec::new(), vec![nic], Some(vsock)),
+            lines(Vec::new(), vec![nic, user], Some(vsock)),
             [
                 "vhost-user-net --socket-path=/r/eth.sock --metrics-socket=/r/eth.metrics \
                  --handover-socket=/r/eth.handover --tap=t0 --netns=/run/netns/a --mac=52:54:00:12:34:56 --mtu=9000 --queue-pairs=2 \
                  --tx-packets=1024:1024 --rx-packets=1024:1024 --tx-bytes=1048576:2097152 \
                  --rx-bytes=1048576:2097152",
+                "vhost-user-net --socket-path=/r/u.sock --metrics-socket=/r/u.metrics --handover-socket=/r/u.handover \
+                 --user --user-tcp=8022:22 --user-tcp=80 --user-udp=53 --mac=52:54:00:12:34:56",
                 "vsock-proxy --socket-path=/r/vsock.sock --metrics-socket=/r/vsock.metrics \
                  --handover-socket=/r/vsock.handover --guest-cid=7 --uds-path=/r/vsock.host",
             ]

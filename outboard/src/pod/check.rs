@@ -284,10 +284,16 @@ impl<'t> Checker<'t> {
     fn nic(&mut self, section: Section<'t>) -> Option<Nic> {
         let name = self.device_name(&section);
         let network = self.network(&section);
+        let is_user = matches!(network, Some(Network::User { .. }));
         let netns = section.text("netns").and_then(|path| self.existing_file("netns", &path));
         if netns.is_some() && matches!(network, Some(Network::Macvtap(_))) {
             let message =
                 "`netns` does not go with `macvtap`, which is a device file; leave it out";
+            self.mistakes.add(&section.place("netns"), message);
+        }
+        if netns.is_some() && is_user {
+            let message =
+                "`netns` does not go with `user`, which uses the launcher's; leave it out";
             self.mistakes.add(&section.place("netns"), message);
         }
         let mac = section.parsed("mac", mac);
@@ -295,6 +301,10 @@ impl<'t> Checker<'t> {
             self.once("mac", &mac.value, &mac.span, "give each card its own");
         }
         let pairs = section.parsed("queue-pairs", |text| in_range(text, 1, QUEUE_PAIRS_MAX));
+        if is_user && pairs.as_ref().is_some_and(|pairs| pairs.value > 1) {
+            let message = "`user` has one queue pair; leave `queue-pairs` out";
+            self.mistakes.add(&section.place("queue-pairs"), message);
+        }
         let mtu = section.parsed("mtu", |text| in_range(text, 68, u16::MAX));
         let (pps, bps) = (section.parsed("pps", limit), section.parsed("bps", limit));
         section.finish("a network card");
@@ -314,11 +324,22 @@ impl<'t> Checker<'t> {
         let tap = section.text("tap");
         let macvtap = section.text("macvtap");
         let packet = section.text("packet");
-        let given = [&tap, &macvtap, &packet].into_iter().flatten().count();
+        let user = section.flag("user");
+        let [tcp, udp] = ["user-tcp", "user-udp"].map(|key| section.list(key, forwarded_ports));
+        for key in ["user-tcp", "user-udp"] {
+            if section.has(key) && !section.has("user") {
+                let message = format!("`{key}` goes with `user = true` only; leave it out");
+                self.mistakes.add(&section.place(key), message);
+            }
+        }
+        let given = [&tap, &macvtap, &packet].into_iter().flatten().count() + usize::from(user);
         if given != 1 {
-            let message = "a network card has one of `tap`, `macvtap` and `packet`; write just one";
+            let message = "a network card has one of `tap`, `macvtap`, `packet` and `user = true`; write just one";
             self.mistakes.add(&section.span, message);
             return None;
+        }
+        if user {
+            return Some(Network::User { tcp, udp });
         }
         if let Some(device) = macvtap {
             let path = self.existing_file("macvtap", &device)?;
@@ -403,6 +424,28 @@ where
         Ok(number) if number >= least && number <= most => Ok(number),
         _ => Err(format!("write a number from {least} to {most}")),
     }
+}
+
+/// Ports of the host, as passt has them: `[ADDRESS/]PORTS`, PORTS with a comma between, each a port or a
+/// range, after a colon the guest's.
+fn forwarded_ports(text: &str) -> Result<String, String> {
+    let wrong =
+        || "write ports as passt does, like 8080, 8022:22, 1000-1010 or 127.0.0.1/8080".to_owned();
+    let (address, ports) = text.rsplit_once('/').unwrap_or(("0.0.0.0", text));
+    // An address may have an interface behind it, which nobody can check here.
+    let ip = address.split_once('%').map_or(address, |(ip, _)| ip);
+    let is_port = |word: &str| word.parse::<u16>().is_ok_and(|port| port > 0);
+    let is_range = |range: &str| match range.split_once('-') {
+        Some((first, last)) => is_port(first) && is_port(last),
+        None => is_port(range),
+    };
+    let is_forward = |part: &str| match part.trim_start_matches('~').split_once(':') {
+        Some((host, guest)) => is_range(host) && is_range(guest),
+        None => is_range(part),
+    };
+    let all_good = matches!(ports, "all" | "auto" | "none") || ports.split(',').all(is_forward);
+    let has_address = ip.is_empty() || ip.parse::<std::net::IpAddr>().is_ok();
+    if all_good && has_address { Ok(text.to_owned()) } else { Err(wrong()) }
 }
 
 /// Six bytes in hexadecimal; a group address is nobody's own.

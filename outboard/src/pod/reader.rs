@@ -120,6 +120,28 @@ impl<'t> Section<'t> {
         }
     }
 
+    /// Texts, each made into a value by `parse`, whose error says what to do; absent is none.
+    pub(super) fn list<T>(
+        &self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Vec<T> {
+        let Some(value) = self.get(key) else { return Vec::new() };
+        let wanted = "texts in brackets: [\"...\"]";
+        let Some(array) = value.get_ref().as_array() else {
+            return self.wrong_kind(value, key, wanted).unwrap_or_default();
+        };
+        let one = |item: &Spanned<DeValue<'_>>| {
+            let Some(text) = item.get_ref().as_str() else {
+                return self.wrong_kind(item, key, wanted);
+            };
+            parse(text)
+                .map_err(|why| self.mistakes.add(&item.span(), format!("`{key}` = {text}: {why}")))
+                .ok()
+        };
+        array.iter().filter_map(one).collect()
+    }
+
     /// One of a few words.
     pub(super) fn choice<T: Copy>(&self, key: &'static str, words: &[(&str, T)]) -> Option<At<T>> {
         let text = self.text(key)?;

@@ -219,7 +219,11 @@ fn each_mistake_of_a_volume_says_where_and_what_to_do() {
 #[test]
 fn each_mistake_of_another_device_says_where_and_what_to_do() {
     each(vec![
-        (NIC.to_owned(), "1:1: ", "one of `tap`, `macvtap` and `packet`; write just one"),
+        (
+            NIC.to_owned(),
+            "1:1: ",
+            "one of `tap`, `macvtap`, `packet` and `user = true`; write just one",
+        ),
         (format!("{NIC}tap = \"t\"\npacket = \"p\"\n"), "1:1: ", "write just one"),
         (format!("{NIC}tap = \"a/b\"\n"), "3:7: ", "is no interface; write 1 to 15"),
         (format!("{NIC}tap = \"t\"\nmac = \"01:00:00:00:00:00\"\n"), "4:7: ", "group address"),
@@ -242,6 +246,27 @@ fn each_mistake_of_another_device_says_where_and_what_to_do() {
             "5:8: ",
             "two devices have the name \"n\"",
         ),
+        (format!("{NIC}user = true\ntap = \"t\"\n"), "1:1: ", "write just one"),
+        (format!("{NIC}user = false\n"), "1:1: ", "write just one"),
+        (format!("{NIC}user = 1\ntap = \"t\"\n"), "3:8: ", "write true or false"),
+        (
+            format!("{NIC}user = true\nnetns = \"kernel\"\n"),
+            "4:1: ",
+            "`netns` does not go with `user`",
+        ),
+        (format!("{NIC}user = true\nqueue-pairs = 2\n"), "4:1: ", "`user` has one queue pair"),
+        (
+            format!("{NIC}tap = \"t\"\nuser-udp = [\"53\"]\n"),
+            "4:1: ",
+            "goes with `user = true` only",
+        ),
+        (format!("{NIC}user = true\nuser-tcp = \"22\"\n"), "4:12: ", "write texts in brackets"),
+        (format!("{NIC}user = true\nuser-tcp = [22]\n"), "4:13: ", "write texts in brackets"),
+        (
+            format!("{NIC}user = true\nuser-tcp = [\"22\", \"70000:22\"]\n"),
+            "4:19: ",
+            "`user-tcp` = 70000:22: write ports as passt does, like 8080, 8022:22",
+        ),
         ("[vsock]\n".to_owned(), "1:1: ", "`cid` is missing; write the guest's address"),
         ("[vsock]\ncid = 4294967295\n".to_owned(), "2:7: ", "from 3 to 4294967294"),
         ("[vsock]\ncid = 3\nuds-path = \"/no/x\"\n".to_owned(), "3:12: ", "directory is not there"),
@@ -252,6 +277,20 @@ fn each_mistake_of_another_device_says_where_and_what_to_do() {
             "two devices have the name \"vsock\"",
         ),
     ]);
+}
+
+#[test]
+fn ports_are_forwarded_as_passt_has_them() {
+    let text = |ports: &str| format!("{NIC}user = true\nuser-tcp = [\"{ports}\"]\n");
+    for good in
+        ["80", "8022:22", "1000-1010:2000-2010,9", "127.0.0.1/80", "::1/80", "%eth0/all", "auto"]
+    {
+        let Network::User { tcp, udp } = pod(&text(good)).nics.remove(0).network else { panic!() };
+        assert_eq!((tcp, udp), (vec![good.to_owned()], Vec::new()));
+    }
+    for bad in ["", "0", "65536", "ssh", "1-", "1:2:3", "80,", "localhost/80", "80 81", "--fd=3"] {
+        assert!(mistakes(&text(bad))[0].contains("write ports as passt does"), "{bad}");
+    }
 }
 
 #[test]
