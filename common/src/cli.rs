@@ -142,7 +142,8 @@ pub struct MetricsArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Monitoring")]
 pub struct ControlArgs {
-    /// Unix socket that takes one line of JSON, like {"set":{...}}, and answers with one
+    /// Unix socket that takes one line of JSON, {"VERB": ARGUMENT}, and answers with one. A verb that is
+    /// not known is answered with those that are; the README has an example of each
     #[arg(long, value_name = "PATH", value_parser = socket_path())]
     pub control_socket: Option<PathBuf>,
 }

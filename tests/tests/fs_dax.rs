@@ -329,7 +329,8 @@ fn qemu_survives_a_window_that_is_full() {
     let maps = fs::read_to_string(format!("/proc/{}/maps", running.pid())).unwrap();
     let files = maps.lines().filter(|line| line.contains("/file")).count();
     let tails = maps.lines().filter(|line| line.contains("dax-tails")).count();
-    assert!(files > 100 && tails > 100, "{files} files and {tails} last pages are mapped");
+    // Of 128 ranges the guest's kernel keeps a fifth free, and gives some more back when it has time.
+    assert!(files > 80 && tails > 80, "{files} files and {tails} last pages are mapped");
     fs::write(shared.join("done"), b"").unwrap();
     running.wait(TIMEOUT).unwrap().expect_success();
 }

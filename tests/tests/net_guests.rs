@@ -296,6 +296,40 @@ fn a_guest_sees_its_cable_and_its_mtu_change() {
     assert_eq!(result.value("mtu_after"), Some("9000"));
 }
 
+/// Waits until the host answers no more, and then until it does again.
+const UNPLUGGED: &str = r#"
+ip link set eth0 up
+ip address add 10.9.0.2/24 dev eth0
+answers() { ping -c 1 -W 1 10.9.0.1 >/dev/null; }
+until answers; do :; done
+echo "state connected"
+while answers; do sleep 0.1; done
+echo "result carrier $(cat /sys/class/net/eth0/carrier)"
+echo "state silent"
+until answers; do :; done
+"#;
+
+/// QEMU keeps the configuration of a vhost-user network card itself, so its guest sees no cable pulled
+/// here (QEMU's `set_link` does that): it is only that nothing comes and goes.
+#[test]
+fn qemu_shows_its_own_cable_and_no_frame_passes_ours() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("control");
+    let option = ["--control-socket", control.to_str().unwrap()];
+    let daemon = tap_daemon(root, &namespace, dir.path(), &option);
+    let guest = QemuGuest::new(root).network(daemon.socket(), 1);
+    let mut guest = guest.start(&Job::from_script(UNPLUGGED)).unwrap();
+    guest.wait_for("state connected", EMULATED_TIMEOUT).unwrap();
+    assert!(ask(&control, r#"{"link": false}"#).contains(r#""link":false"#));
+    guest.wait_for("state silent", EMULATED_TIMEOUT).unwrap();
+    assert!(ask(&control, r#"{"link": true}"#).contains(r#""link":true"#));
+    let result = guest.wait(EMULATED_TIMEOUT).unwrap();
+    result.expect_success();
+    assert_eq!(result.value("carrier"), Some("1"));
+}
+
 /// One connection that lasts while the daemon dies, and then proof that both pairs were used.
 const SURVIVE: &str = r#"
 ip link set eth0 up

@@ -39,9 +39,14 @@ fn frame(to: [u8; 6], from: [u8; 6], len: usize) -> Vec<u8> {
 
 /// A running switch; each argument is the rest of a `--port`.
 fn switch(dir: &Path, ports: &[&str]) -> (Daemon, PathBuf) {
+    switch_with(dir, ports, &[])
+}
+
+/// The same with more arguments.
+fn switch_with(dir: &Path, ports: &[&str], arguments: &[&str]) -> (Daemon, PathBuf) {
     let metrics = dir.join("metrics.sock");
     let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
-    command.arg("--switch").arg("--metrics-socket").arg(&metrics);
+    command.args(arguments).arg("--switch").arg("--metrics-socket").arg(&metrics);
     for (n, rest) in ports.iter().enumerate() {
         command.arg("--port").arg(format!("socket={}{rest}", socket(dir, n).display()));
     }
@@ -265,6 +270,25 @@ fn ports_are_guarded_one_by_one() {
         g[0].send(PLAIN, &hello);
     }
     assert!(metric(&metrics, "net_rx_limited_total") >= 18);
+}
+
+/// Requests name the port; one that does not is told which there are.
+#[test]
+fn ports_are_asked_and_changed_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("control");
+    let option = ["--control-socket", control.to_str().unwrap()];
+    let (_daemon, _metrics) = switch_with(dir.path(), &["", ""], &option);
+    let both = daemon::ask(&control, r#"{"state": null}"#);
+    assert!(both.contains(r#""net0":{"#) && both.contains(r#""net1":{"#), "{both}");
+    let one = daemon::ask(&control, r#"{"link": {"device": "net1", "value": false}}"#);
+    assert!(one.contains(r#""link":false"#), "{one}");
+    let both = daemon::ask(&control, r#"{"state": null}"#);
+    assert!(both.contains(r#""link":true"#) && both.contains(r#""link":false"#), "{both}");
+    for request in [r#"{"link": false}"#, r#"{"link": {"device": "net7", "value": true}}"#] {
+        let answer = daemon::ask(&control, request);
+        assert!(answer.contains("error") && answer.contains("net0, net1"), "{answer}");
+    }
 }
 
 #[test]

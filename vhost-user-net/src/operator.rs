@@ -8,7 +8,8 @@
 //! | `{"limits": {...}}` | changes the limits: `read` is towards the guest, `write` from it |
 //! | `{"state": null}` | tells link, MTU and limits |
 //!
-//! With several devices (a switch's ports) the argument is `{"device": "net1", "value": ARGUMENT}`.
+//! With several devices (a switch's ports) the argument is `{"device": "net1", "value": ARGUMENT}`;
+//! `{"state": null}` tells of all of them.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -49,10 +50,23 @@ impl Operator {
         if let [device] = self.devices.as_slice() {
             return Ok((device, argument));
         }
-        let Addressed { device: name, value } = serde_json::from_value(argument)?;
+        let names = || {
+            let names: Vec<_> = self.devices.iter().map(|d| d.shared().name.as_str()).collect();
+            names.join(", ")
+        };
+        let Ok(Addressed { device: name, value }) = serde_json::from_value(argument) else {
+            let how = r#"say which device: {"device": NAME, "value": ARGUMENT}"#;
+            return Err(ControlError::Refused(format!("{how}; there are {}", names())));
+        };
         let device = self.devices.iter().find(|d| d.shared().name == name);
-        let none = || ControlError::Refused(format!("there is no device {name:?}"));
+        let none =
+            || ControlError::Refused(format!("there is no device {name:?}, but {}", names()));
         Ok((device.ok_or_else(none)?, value))
+    }
+
+    /// The state of every device, by its name.
+    fn states(&self) -> Value {
+        self.devices.iter().map(|d| (d.shared().name.clone(), state(d))).collect()
     }
 }
 
@@ -74,6 +88,9 @@ impl Control for Operator {
     fn on_request(&self, verb: &str, argument: Value) -> Result<Value, ControlError> {
         if !VERBS.contains(&verb) {
             return Err(ControlError::UnknownVerb { known: VERBS });
+        }
+        if verb == "state" && argument.is_null() && self.devices.len() > 1 {
+            return Ok(self.states());
         }
         let (device, argument) = self.addressee(argument)?;
         match verb {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// Not a JSON object with one member.
-    #[error("a request is one line with one JSON object of one member, like {{\"set\":{{...}}}}")]
+    #[error("a request is one line with one JSON object of one member, like {{\"state\":null}}")]
     Malformed,
     /// The line is longer than this many bytes.
     #[error("a request has at most {0} bytes")]
