@@ -9,9 +9,17 @@ use outboard_common::cli::values::duration;
 
 use crate::vmm_args::Vmm;
 
+/// What `--help` and the manual page end with.
+const EXAMPLES: &str = r#"Examples:
+  outboard check pod.toml
+  outboard run pod.toml --vmm qemu
+  outboard run pod.toml --vmm uml --exec -- root=/dev/root rootfstype=hostfs ro init=/bin/sh
+  outboard top
+  outboard upgrade hello"#;
+
 /// Starts and watches the devices of a virtual machine, which a pod file describes
 #[derive(Debug, Clone, Parser)]
-#[command(name = "outboard", version, max_term_width = 100)]
+#[command(name = "outboard", version, max_term_width = 100, after_long_help = EXAMPLES)]
 pub struct Arguments {
     /// What to do.
     #[command(subcommand)]

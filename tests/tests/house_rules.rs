@@ -311,6 +311,32 @@ fn documented_commands_and_options_exist() {
     none(&broken);
 }
 
+/// `--help` ends with examples, of options that there are.
+#[test]
+fn every_program_helps_with_examples() {
+    let mut broken = Vec::new();
+    for program in PRODUCT.into_iter().filter(|name| *name != "common") {
+        let help = Command::new(bin(program).unwrap()).arg("--help").output().unwrap().stdout;
+        let help = String::from_utf8(help).unwrap();
+        // A command may go on in the next line.
+        let examples = help.split_once("Examples:").map_or("", |(_, examples)| examples);
+        let examples = examples.replace("\\\n", " ");
+        let commands = examples.lines().map(str::trim).filter(|line| line.starts_with(program));
+        let mut count = 0;
+        for line in commands {
+            count += 1;
+            let words: Vec<&str> = line.split_whitespace().skip(1).collect();
+            for option in unknown_options(program, &words) {
+                broken.push(format!("{program} has no {option}, which its help shows"));
+            }
+        }
+        if count < 3 {
+            broken.push(format!("{program} --help has {count} examples"));
+        }
+    }
+    none(&broken);
+}
+
 /// The long options among `words` that `program --help` does not name.
 fn unknown_options(program: &str, words: &[&str]) -> Vec<String> {
     let mut command = Command::new(bin(program).unwrap());
@@ -321,6 +347,8 @@ fn unknown_options(program: &str, words: &[&str]) -> Vec<String> {
     }
     let help = command.arg("--help").output().unwrap().stdout;
     let help = String::from_utf8_lossy(&help).into_owned();
+    // An example is no witness of its own options.
+    let help = help.split("Examples:").next().unwrap();
     let word = |c: char| c.is_ascii_alphanumeric() || c == '-';
     let known: BTreeSet<&str> = help.split(|c: char| !word(c)).collect();
     words

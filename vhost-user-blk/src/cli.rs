@@ -18,9 +18,27 @@ use crate::device::{MAX_QUEUE_SIZE, MAX_QUEUES};
 pub const CAPABILITIES: Capabilities =
     Capabilities { device_type: "block", features: &["blk-file", "read-only"] };
 
+/// What `--help` and the manual page end with.
+const EXAMPLES: &str = r#"Examples:
+  Serve an image (in the guest: /dev/vda):
+    vhost-user-blk --socket-path=/run/blk.sock --blk-file=disk.img
+
+  Two disks in one process, the second of them limited and read only:
+    vhost-user-blk --blk-file=a.img,socket=/run/a.sock \
+        --blk-file=b.qcow2,format=qcow2,socket=/run/b.sock,readonly=on,iops=10K:20K
+
+  A whole fast disk, with workers that look for requests before they sleep:
+    vhost-user-blk --socket-path=/run/blk.sock --blk-file=/dev/nvme0n1 --poll-us=50 \
+        --cpu-affinity=2-3
+
+  Change limits while it runs:
+    vhost-user-blk --socket-path=/run/blk.sock --blk-file=disk.img --control-socket=/run/blk.ctl
+    echo '{"limits": {"limits": {"read": {"ops": 1000}}}}' |
+        socat - UNIX-CONNECT:/run/blk.ctl"#;
+
 /// Serves disk images to virtual machines as virtio-blk devices over vhost-user
 #[derive(Debug, Clone, Parser)]
-#[command(name = "vhost-user-blk", version, max_term_width = 100)]
+#[command(name = "vhost-user-blk", version, max_term_width = 100, after_long_help = EXAMPLES)]
 pub struct BlkArgs {
     /// Where front ends come.
     #[command(flatten)]

@@ -21,9 +21,28 @@ use crate::sys::InterfaceName;
 /// The least MTU a device may have. Virtio 1.3, 5.1.4.1.
 const MTU_MIN: u16 = 68;
 
+/// What `--help` and the manual page end with.
+const EXAMPLES: &str = r#"Examples:
+  A tap, created if it is not there, whose guest may send from its own address alone:
+    vhost-user-net --socket-path=/run/net.sock --tap=vmtap0 --mac=52:54:00:12:34:56
+
+  A pod's own interface, with no bridge and no tc rules:
+    vhost-user-net --socket-path=/run/net.sock --packet=eth0 --netns=/run/netns/pod1
+
+  Without root, port 8022 of the host being the guest's ssh:
+    vhost-user-net --socket-path=/run/net.sock --user --user-tcp=8022:22
+
+  Two guests joined in memory:
+    vhost-user-net --switch --port socket=/run/a.sock,mac=52:54:00:00:00:01 \
+        --port socket=/run/b.sock
+
+  Pull the cable while it runs:
+    vhost-user-net --socket-path=/run/net.sock --tap=vmtap0 --control-socket=/run/net.ctl
+    echo '{"link": false}' | socat - UNIX-CONNECT:/run/net.ctl"#;
+
 /// A virtio network device for any VMM that speaks vhost-user.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "vhost-user-net", version)]
+#[command(name = "vhost-user-net", version, max_term_width = 100, after_long_help = EXAMPLES)]
 pub struct Cli {
     /// Where the front end is met.
     #[command(flatten)]

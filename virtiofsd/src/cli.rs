@@ -33,9 +33,26 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     ],
 };
 
+/// What `--help` and the manual page end with.
+const EXAMPLES: &str = r#"Examples:
+  Share a directory (in the guest: mount -t virtiofs share /mnt):
+    virtiofsd --socket-path=/run/fs.sock --shared-dir=/srv/share --tag=share
+
+  Several request queues, and locks that other guests and the host see:
+    virtiofsd --socket-path=/run/fs.sock --shared-dir=/srv/share --num-request-queues=4 \
+        --posix-lock --flock
+
+  Have QEMU's guest map files in place of copying them:
+    virtiofsd --socket-path=/run/fs.sock --shared-dir=/srv/share --tag=share \
+        --dax=inode --dax-window=256M
+
+  A newer program takes over from one that runs, open files and all, if both have the option:
+    virtiofsd --socket-path=/run/fs.sock --shared-dir=/srv/share \
+        --handover-socket=/run/fs.next"#;
+
 /// Shares a directory with a guest as a virtio-fs device
 #[derive(Debug, Clone, Parser)]
-#[command(name = "virtiofsd", version, args_override_self = true)]
+#[command(name = "virtiofsd", version, max_term_width = 100, args_override_self = true, after_long_help = EXAMPLES)]
 pub struct Arguments {
     /// Directory to share
     #[arg(long, value_name = "DIR")]

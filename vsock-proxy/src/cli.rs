@@ -20,9 +20,22 @@ use crate::config::{
 pub const CAPABILITIES: Capabilities =
     Capabilities { device_type: "vsock", features: &["seqpacket"] };
 
+/// What `--help` and the manual page end with.
+const EXAMPLES: &str = r#"Examples:
+  One guest; clients of the host say CONNECT 1234 to /run/vm.vsock, it reaches /run/vm.vsock_PORT:
+    vsock-proxy --guest-cid=3 --socket=/run/vsock.sock --uds-path=/run/vm.vsock
+
+  Two guests that may connect to each other:
+    vsock-proxy --vm guest-cid=3,socket=/run/a.sock,uds-path=/run/a.vsock,groups=pod \
+        --vm guest-cid=4,socket=/run/b.sock,uds-path=/run/b.vsock,groups=pod
+
+  A guest that is called and calls nobody, on two ports:
+    vsock-proxy --socket=/run/vsock.sock --uds-path=/run/vm.vsock --connect-only \
+        --allow-guest-ports=22+1024"#;
+
 /// Connects the vsock sockets of virtual machines to Unix sockets of the host over vhost-user
 #[derive(Debug, Clone, Parser)]
-#[command(name = "vsock-proxy", version, max_term_width = 100)]
+#[command(name = "vsock-proxy", version, max_term_width = 100, after_long_help = EXAMPLES)]
 pub struct VsockArgs {
     /// Where the front end comes, with one VM.
     #[command(flatten)]
