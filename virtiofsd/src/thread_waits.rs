@@ -44,10 +44,17 @@ mod tests {
         let before = usage();
         std::thread::sleep(Duration::from_millis(1));
         assert!(usage().waits > before.waits);
-        let (before, start) = (usage(), Instant::now());
-        while usage().ran < before.ran + Duration::from_millis(5) {
-            assert!(start.elapsed() < Duration::from_secs(10), "it runs and that is not counted");
-        }
-        assert_eq!(usage().waits, before.waits);
+        // Now and then the kernel has a thread wait for reasons of its own (a page, a lock of its).
+        let waited = (0..20).map(|_| {
+            let (before, start) = (usage(), Instant::now());
+            while usage().ran < before.ran + Duration::from_millis(2) {
+                assert!(
+                    start.elapsed() < Duration::from_secs(10),
+                    "it runs and that is not counted"
+                );
+            }
+            usage().waits - before.waits
+        });
+        assert!(waited.filter(|&waits| waits == 0).count() > 10);
     }
 }
