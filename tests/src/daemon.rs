@@ -37,6 +37,11 @@ pub fn ask(control: &Path, request: &str) -> String {
     answer
 }
 
+/// When the file was made or changed last, to the clock's tick of a few milliseconds.
+fn made(file: &Path) -> Option<SystemTime> {
+    fs::metadata(file).and_then(|meta| meta.modified()).ok()
+}
+
 /// A running daemon that listens. Dropping it kills it and, in a failing test, shows its log.
 #[derive(Debug)]
 pub struct Daemon {
@@ -44,7 +49,8 @@ pub struct Daemon {
     child: Child,
     log: PathBuf,
     socket: PathBuf,
-    started: SystemTime,
+    /// When the socket was made that a predecessor left here.
+    stale: Option<SystemTime>,
     /// The test itself killed it.
     killed: bool,
 }
@@ -68,8 +74,7 @@ impl Daemon {
     pub fn start_command(name: &str, mut command: Command, socket: &Path) -> Result<Self> {
         let log = socket.with_extension("log");
         let file = File::options().create(true).append(true).open(&log)?;
-        // Files' times come from a clock that ticks only every few milliseconds.
-        let started = SystemTime::now() - Duration::from_millis(20);
+        let stale = made(socket);
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
@@ -77,7 +82,7 @@ impl Daemon {
             .spawn()
             .with_context(|| format!("start {name}"))?;
         let (name, socket) = (name.to_owned(), socket.to_owned());
-        let mut daemon = Self { name, child, log, socket, started, killed: false };
+        let mut daemon = Self { name, child, log, socket, stale, killed: false };
         daemon.wait_until_listening()?;
         Ok(daemon)
     }
@@ -117,8 +122,9 @@ impl Daemon {
     /// Whether the socket has been there for a while. A daemon that was started in one network name
     /// space and locked itself into another listens in a table that neither has.
     fn is_settled(&self) -> bool {
-        let made = fs::metadata(&self.socket).and_then(|meta| meta.modified());
-        made.is_ok_and(|at| at > self.started && at.elapsed().is_ok_and(|age| age > SETTLED))
+        made(&self.socket).is_some_and(|at| {
+            self.stale != Some(at) && at.elapsed().is_ok_and(|age| age > SETTLED)
+        })
     }
 
     /// Where the daemon listens.
