@@ -68,13 +68,19 @@ impl VsockWorker {
     }
 
     /// Watches all listeners that are not watched yet. One that still has clients says so again.
-    fn watch_listeners(&self, cx: &Context) {
+    ///
+    /// # Errors
+    /// One of them cannot be watched: the user's watches or the memory for them are used up.
+    fn watch_listeners(&self, cx: &Context) -> io::Result<()> {
         let unix = self.listeners.unix.iter().map(|l| l.fd.as_raw_fd());
         let vsock = self.listeners.vsock.iter().map(|(_, fd)| fd.as_raw_fd());
         for (token, fd) in (TOKEN_OWN..).zip(unix.chain(vsock)) {
-            // Fails for what is watched.
-            let _ = cx.watch(fd, Events::EPOLLIN, token);
+            match cx.watch(fd, Events::EPOLLIN, token) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// Takes a client of listener `n`, Unix sockets first. One, and no more before the next event: asking
@@ -134,7 +140,7 @@ impl VsockWorker {
 
 impl QueueHandler for VsockWorker {
     fn on_init(&mut self, cx: &mut Context) -> io::Result<()> {
-        self.watch_listeners(cx);
+        self.watch_listeners(cx)?;
         cx.watch(self.mux.calls_fd(), Events::EPOLLIN | Events::EPOLLET, TOKEN_CALLS)
     }
 
@@ -205,8 +211,10 @@ impl QueueHandler for VsockWorker {
 
     fn on_timer(&mut self, cx: &mut Context) {
         if self.accept_again.is_some_and(|at| at <= cx.now()) {
-            self.accept_again = None;
-            self.watch_listeners(cx);
+            self.accept_again = self.watch_listeners(cx).err().map(|error| {
+                tracing::warn!(%error, "cannot look for clients now");
+                cx.now() + ACCEPT_PAUSE
+            });
         }
         self.mux.on_timer(cx);
         self.set_timer(cx);
