@@ -104,7 +104,9 @@ impl<'a> Segments<'a> {
         let (headers, payload) =
             frame.split_at_checked(transport_at.checked_add(transport_size)?)?;
         let size = usize::from(header.gso_size.get());
-        let sound = size > 0 && !payload.is_empty();
+        // The longest of them must be a packet whose length fits its header.
+        let packet = headers.len().checked_sub(network_at)?.checked_add(size.min(payload.len()))?;
+        let sound = size > 0 && !payload.is_empty() && packet <= usize::from(u16::MAX);
         let first =
             Self { headers, payload, size, network, network_at, transport, transport_at, done: 0 };
         sound.then_some(first)
@@ -125,10 +127,12 @@ impl<'a> Segments<'a> {
         room.clear();
         room.extend_from_slice(self.headers);
         room.extend_from_slice(part);
-        // Each place was found to lie within the headers when the cut began.
-        let _ = self.mend(room, part.len() == left.len());
+        let last = part.len() == left.len();
+        // Each place was found to lie within the headers when the cut began, so it is never refused.
+        let mended = self.mend(room, last).is_some();
+        debug_assert!(mended);
         self.done = self.done.saturating_add(part.len());
-        true
+        mended
     }
 
     /// Makes the headers in `room` those of this frame.
@@ -139,7 +143,8 @@ impl<'a> Segments<'a> {
             Network::V4 => {
                 put(ip, 2, bytes)?;
                 // Without a cut, frames of one sender have numbers of their own: so have these.
-                let index = u16::try_from(self.done.checked_div(self.size)?).ok()?;
+                let index = self.done.checked_div(self.size)? & usize::from(u16::MAX);
+                let index = u16::try_from(index).ok()?;
                 let id = take(ip, 4)?.wrapping_add(index);
                 put(ip, 4, id)?;
                 put(ip, 10, 0)?;

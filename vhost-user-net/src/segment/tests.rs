@@ -119,6 +119,11 @@ fn a_frame_that_lies_about_itself_is_not_cut() {
     // The TCP header's length: less than one, and more than there is.
     refuses(|_, f| f[34 + 12] = 0x40);
     refuses(|_, f| f.truncate(60));
+    // A piece whose length no IP header can say.
+    refuses(|h, f| {
+        h.gso_size = u16::MAX.into();
+        f.resize(14 + 65_536, 0);
+    });
     // Headers alone.
     refuses(|_, f| f.truncate(66));
     assert_eq!(frame[34 + TCP_FLAGS_AT] & (FIN | PSH | ACK | CWR), FIN | PSH | ACK | CWR);
