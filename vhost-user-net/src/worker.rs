@@ -131,11 +131,11 @@ impl NetWorker {
     }
 
     fn receive(&mut self, index: u16, cx: &mut Context) -> Progress {
+        let now = cx.now();
         let (Some(io), Some(queue)) = (&mut self.io, cx.queues.get(index)) else {
             return Progress::Waiting;
         };
         self.rx_at = None;
-        let now = Instant::now();
         let ours = if self.rx_bulk.is_on(now) { OF_BULK } else { Coalescing::default() };
         self.rx_signals.set(self.shared.coalescing(Flow::Rx), ours, queue);
         let before = self.metrics.rx_frames.get();
