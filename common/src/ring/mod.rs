@@ -419,11 +419,13 @@ impl Queue {
         }
         if self.owed {
             self.owed_for = self.owed_for.saturating_add(count);
-        } else if signal {
+            if !self.held {
+                self.signal_now();
+            }
+        } else if signal && self.held {
             (self.owed, self.owed_for) = (true, count);
-        }
-        if !self.held {
-            self.signal_now();
+        } else if signal {
+            self.signal();
         }
     }
 
