@@ -189,8 +189,7 @@ fn two_guests_share_one_copy_of_256_mib() {
     let charged: u64 = mapped.iter().map(|mapped| mapped.proportional).sum();
     assert!(charged <= all_kib + 1024, "{mapped:?}");
     let resident = resident_pages(&image).unwrap();
-    let largest = mapped.iter().map(|mapped| mapped.resident).max().unwrap();
-    assert!(resident << 2 >= largest, "{resident} pages in the host's page cache, {mapped:?}");
+    assert_eq!(resident, SHARED_MIB << 8, "pages of the image in the host's page cache");
     fs::write(shared.join("done"), b"").unwrap();
     for guest in guests {
         let result = guest.wait(TIMEOUT).unwrap();
@@ -321,16 +320,25 @@ fn qemu_survives_a_window_that_is_full() {
     fs::write(shared.join("sums"), sums(&shared, &names)).unwrap();
     let script = "mkdir -p /mnt/s; mount -t virtiofs -o dax=always shared /mnt/s; cd /mnt/s\n\
                   sha256sum -c sums >/dev/null; echo all-read\n\
-                  while [ ! -e done ]; do sleep 0.1; done\n\
-                  sha256sum -c sums >/dev/null; cd /; umount /mnt/s\n";
+                  while [ ! -e done ]; do sha256sum -c sums >/dev/null; done\n\
+                  cd /; umount /mnt/s\n";
     let daemon = daemon(dir.path(), &shared, "always");
     let mut running = guest(root, daemon.socket()).start(&Job::from_script(script)).unwrap();
     running.wait_for("all-read", TIMEOUT).unwrap();
-    let maps = fs::read_to_string(format!("/proc/{}/maps", running.pid())).unwrap();
-    let files = maps.lines().filter(|line| line.contains("/file")).count();
-    let tails = maps.lines().filter(|line| line.contains("dax-tails")).count();
-    // Of 128 ranges the guest's kernel keeps a fifth free, and gives some more back when it has time.
-    assert!(files > 80 && tails > 80, "{files} files and {tails} last pages are mapped");
+    // Of 128 ranges the guest's kernel keeps a fifth free, and gives some more back at a time: it is full
+    // now and again.
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", running.pid())).unwrap();
+        let files = maps.lines().filter(|line| line.contains("/file")).count();
+        let tails = maps.lines().filter(|line| line.contains("dax-tails")).count();
+        if files > 100 && tails > 100 {
+            break;
+        }
+        let late = Instant::now() > deadline;
+        assert!(!late, "{files} files and {tails} last pages are mapped");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     fs::write(shared.join("done"), b"").unwrap();
     running.wait(TIMEOUT).unwrap().expect_success();
 }

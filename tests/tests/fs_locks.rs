@@ -84,30 +84,29 @@ fn a_lock_of_another_guest_is_had_as_soon_as_it_is_free() {
     let mut one = Guest::new(dir.path(), "one", 1, &[]);
     let mut two = Guest::new(dir.path(), "two", 2, &[]);
     for flags in [0, LK_FLOCK] {
-        let (mut late, mut usual) = (Vec::new(), Vec::new());
-        for _ in 0..15 {
-            assert_eq!(one.set(1, WRITE_LOCK, flags), 0);
-            two.wait_for(1, 2, WRITE_LOCK, flags);
-            std::thread::sleep(Duration::from_millis(40));
-            let start = Instant::now();
-            assert_eq!(one.set(1, UNLOCK, flags), 0);
-            assert_eq!(two.answer(), (1, 0));
-            late.push(start.elapsed());
-            let start = Instant::now();
-            assert_eq!(one.set(1, WRITE_LOCK, flags), libc::EAGAIN);
-            usual.push(start.elapsed());
-            assert_eq!(two.set(2, UNLOCK, flags), 0);
-        }
-        late.sort_unstable();
-        usual.sort_unstable();
-        println!(
-            "granted after {:?} to {:?}, half of them within {:?}; half of the answers take {:?}",
-            late[0], late[14], late[7], usual[7]
-        );
-        // Looking every 16 ms would take 8 ms on average. On a busy machine threads wait for a CPU: for the two
-        // answers and the grant, four of them one after another, twice what an answer takes.
-        assert!(late[7] < Duration::from_millis(4) + 4 * usual[7], "{late:?} {usual:?}");
+        // A busy machine is late itself; looking every 16 ms would take 8 ms on average in each round.
+        let mut medians = (0..3).map(|_| grants(&mut one, &mut two, flags)[7]);
+        assert!(medians.any(|late| late < Duration::from_millis(4)), "granted late three times");
     }
+}
+
+/// How long after `one` gave its lock up `two`, who waits, has it: 15 times, sorted.
+fn grants(one: &mut Guest, two: &mut Guest, flags: u32) -> Vec<Duration> {
+    let mut late = Vec::new();
+    for _ in 0..15 {
+        assert_eq!(one.set(1, WRITE_LOCK, flags), 0);
+        two.wait_for(1, 2, WRITE_LOCK, flags);
+        std::thread::sleep(Duration::from_millis(40));
+        let start = Instant::now();
+        assert_eq!(one.set(1, UNLOCK, flags), 0);
+        assert_eq!(two.answer(), (1, 0));
+        late.push(start.elapsed());
+        assert_eq!(one.set(1, WRITE_LOCK, flags), libc::EAGAIN);
+        assert_eq!(two.set(2, UNLOCK, flags), 0);
+    }
+    late.sort_unstable();
+    println!("granted after {:?} to {:?}, half of them within {:?}", late[0], late[14], late[7]);
+    late
 }
 
 /// With threads for some of them, and with none at all.

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,13 @@ fn tap_daemon(root: &ToolRoot, namespace: &NetNs, dir: &Path, arguments: &[&str]
     let daemon = start(Some(namespace), dir, &[&["--tap", "tap0"], arguments].concat());
     namespace.ip(root, "address replace 10.9.0.1/24 dev tap0").unwrap();
     daemon
+}
+
+/// The same with a control socket.
+fn steered_daemon(root: &ToolRoot, namespace: &NetNs, dir: &Path) -> (Daemon, PathBuf) {
+    let control = dir.join("control");
+    let option = ["--control-socket", control.to_str().unwrap()];
+    (tap_daemon(root, namespace, dir, &option), control)
 }
 
 fn iperf_server(root: &ToolRoot, namespace: &NetNs, dir: &Path) -> Service {
@@ -280,9 +287,7 @@ fn a_guest_sees_its_cable_and_its_mtu_change() {
     let Some(root) = ToolRoot::for_test() else { return };
     let Some(namespace) = NetNs::for_test(root) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let control = dir.path().join("control");
-    let option = ["--control-socket", control.to_str().unwrap()];
-    let daemon = tap_daemon(root, &namespace, dir.path(), &option);
+    let (daemon, control) = steered_daemon(root, &namespace, dir.path());
     let guest = UmlGuest::new(root).device(daemon.socket(), VirtioId::Net);
     let mut guest = guest.start(&Job::from_script(CHANGES)).unwrap();
     guest.wait_for("state up", TIMEOUT).unwrap();
@@ -316,9 +321,7 @@ fn qemu_shows_its_own_cable_and_no_frame_passes_ours() {
     let Some(root) = ToolRoot::for_test() else { return };
     let Some(namespace) = NetNs::for_test(root) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let control = dir.path().join("control");
-    let option = ["--control-socket", control.to_str().unwrap()];
-    let daemon = tap_daemon(root, &namespace, dir.path(), &option);
+    let (daemon, control) = steered_daemon(root, &namespace, dir.path());
     let guest = QemuGuest::new(root).network(daemon.socket(), 1);
     let mut guest = guest.start(&Job::from_script(UNPLUGGED)).unwrap();
     guest.wait_for("state connected", EMULATED_TIMEOUT).unwrap();

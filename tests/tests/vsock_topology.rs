@@ -124,19 +124,20 @@ fn connect_only_means_that_the_guest_connects_to_nothing() {
     host.connect(&mut guest, 22).unwrap();
 }
 
+/// A service on port 80 whose queue has room for `backlog` and one more.
+fn busy_service(host: &VsockHost, backlog: i32) -> std::os::fd::OwnedFd {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
+    let listener = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    bind(&listener, &SocketAddrUnix::new(host.path("host_80")).unwrap()).unwrap();
+    listen(&listener, backlog).unwrap();
+    listener
+}
+
 #[test]
 fn a_service_with_a_full_queue_is_waited_for() {
     let host = VsockHost::start(&[]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();
-    let listener = rustix::net::socket(
-        rustix::net::AddressFamily::UNIX,
-        rustix::net::SocketType::STREAM,
-        None,
-    )
-    .unwrap();
-    let address = rustix::net::SocketAddrUnix::new(host.path("host_80")).unwrap();
-    rustix::net::bind(&listener, &address).unwrap();
-    rustix::net::listen(&listener, 1).unwrap();
+    let listener = busy_service(&host, 1);
     for port in 1..=10 {
         guest.send(&Packet::new(3, port, 80, op::REQUEST)).unwrap();
     }
@@ -154,15 +155,7 @@ fn a_service_with_a_full_queue_is_waited_for() {
 fn a_service_that_never_accepts_is_given_up() {
     let host = VsockHost::start(&[]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();
-    let listener = rustix::net::socket(
-        rustix::net::AddressFamily::UNIX,
-        rustix::net::SocketType::STREAM,
-        None,
-    )
-    .unwrap();
-    let address = rustix::net::SocketAddrUnix::new(host.path("host_80")).unwrap();
-    rustix::net::bind(&listener, &address).unwrap();
-    rustix::net::listen(&listener, 0).unwrap();
+    let _listener = busy_service(&host, 0);
     // Its queue has room for one.
     guest.send(&Packet::new(3, 1025, 80, op::REQUEST)).unwrap();
     guest.expect(op::RESPONSE).unwrap();
