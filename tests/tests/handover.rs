@@ -70,6 +70,35 @@ fn has_left(old: &mut Daemon) -> bool {
     !old.is_running()
 }
 
+/// Whoever connects and is no newer daemon ends nothing, and is in nobody's way for long.
+#[test]
+fn a_visitor_to_the_handover_socket_takes_nothing_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("blk");
+    let path = dir.path().join("handover");
+    let arguments = ["--null=1M".to_owned(), format!("--handover-socket={}", path.display())];
+    let mut old = Daemon::start("vhost-user-blk", &socket, &arguments).unwrap();
+    let front_end = FrontEnd::connect(&socket).unwrap();
+    drop(UnixStream::connect(&path).unwrap());
+    UnixStream::connect(&path).unwrap().write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let _silent = UnixStream::connect(&path).unwrap();
+    // The greeting's time, and more.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(old.is_running(), "{}", old.log());
+    assert!(front_end.get_queue_num().unwrap() > 0);
+    let mut new = std::process::Command::new(bin("vhost-user-blk").unwrap())
+        .arg(format!("--socket-path={}", socket.display()))
+        .args(&arguments)
+        .spawn()
+        .unwrap();
+    let left = has_left(&mut old);
+    let answer = front_end.get_queue_num();
+    let _ = new.kill();
+    let _ = new.wait();
+    assert!(left, "the old daemon still runs:\n{}", old.log());
+    assert!(answer.unwrap() > 0);
+}
+
 #[test]
 fn a_newer_file_daemon_takes_over_with_open_files() {
     let dir = tempfile::tempdir().unwrap();
