@@ -224,10 +224,11 @@ fn what_a_sandbox_cannot_do_is_told() {
     fs::copy(bin("virtiofsd").unwrap(), &program).unwrap();
     let shared = format!("--shared-dir={}", dir.path().display());
     let socket = format!("--socket-path={}", dir.path().join("s").display());
-    let cases: [(Option<u32>, &[&str], &str); 6] = [
+    let cases: [(Option<u32>, &[&str], &str); 7] = [
         (None, &["--sandbox=chroot", "--uid-map=:0:0:1:"], "--sandbox=namespace"),
         (None, &["--sandbox=none", "--gid-map=:0:0:1:"], "--sandbox=namespace"),
         (None, &["--translate-uid=map:0:1:1", "--posix-acl"], "ACLs"),
+        (None, &["--rlimit-nofile=20"], "raise --rlimit-nofile"),
         (Some(USER), &["--sandbox=chroot"], "root"),
         (Some(USER), &["--inode-file-handles=mandatory"], "CAP_DAC_READ_SEARCH"),
         (Some(USER), &["--uid-map=:0:100000:5:"], "newuidmap"),

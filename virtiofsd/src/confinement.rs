@@ -14,9 +14,13 @@ use outboard_common::sandbox::{
     CapabilitySet, Outcome, Stage, StageError, Stages, capabilities, rlimits, stages,
 };
 use rustix::fs::{Mode, OFlags, open};
+use rustix::process::{Resource, getrlimit};
 
 use crate::cli::{Arguments, ConfinementArgs, IdArgs, InodeHandles, Sandbox};
 use crate::seccomp;
+
+/// Descriptors that a daemon with one queue and a guest that opens a few files gets by with.
+const FEWEST_OPEN_FILES: u64 = 100;
 
 /// Descriptors that may be open, where the operator says nothing and the system allows more.
 pub(crate) const OPEN_FILES: u64 = 1_000_000;
@@ -28,6 +32,8 @@ pub(crate) struct Entered {
     pub(crate) directory: OwnedFd,
     /// `/proc/self/fd`.
     pub(crate) proc_self_fd: OwnedFd,
+    /// Descriptors that may be open at once.
+    pub(crate) open_files: u64,
 }
 
 /// The capabilities that a file server needs to act for all users of the guest.
@@ -62,8 +68,8 @@ fn id_maps(ids: &IdArgs) -> Option<IdMaps> {
     Some(maps)
 }
 
-/// Sets the limit of open files; one that the operator asked for must be had.
-fn open_files(stages: &mut Stages, args: &ConfinementArgs) -> anyhow::Result<()> {
+/// Sets the limit of open files, which is returned; one that the operator asked for must be had.
+fn open_files(stages: &mut Stages, args: &ConfinementArgs) -> anyhow::Result<u64> {
     let allowed = fs::read_to_string("/proc/sys/fs/nr_open")
         .ok()
         .and_then(|text| text.trim().parse().ok())
@@ -81,7 +87,13 @@ fn open_files(stages: &mut Stages, args: &ConfinementArgs) -> anyhow::Result<()>
             stages.attempt(Stage::Rlimits, || rlimits::open_files(OPEN_FILES.min(allowed)));
         }
     }
-    Ok(())
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    anyhow::ensure!(
+        limit >= FEWEST_OPEN_FILES,
+        "no more than {limit} files may be open at once, and the daemon itself needs {FEWEST_OPEN_FILES}: \
+         raise --rlimit-nofile"
+    );
+    Ok(limit)
 }
 
 /// Whether the options fit together.
@@ -111,7 +123,7 @@ fn open_path(path: &Path) -> anyhow::Result<OwnedFd> {
 pub(crate) fn enter(arguments: &Arguments, shared: &Path) -> anyhow::Result<Entered> {
     let args = &arguments.confinement;
     let mut stages = Stages::begin()?;
-    open_files(&mut stages, args)?;
+    let open_files = open_files(&mut stages, args)?;
     let mut proc_self_fd = None;
     let root = Path::new("/");
     match args.sandbox {
@@ -139,5 +151,5 @@ pub(crate) fn enter(arguments: &Arguments, shared: &Path) -> anyhow::Result<Ente
     }
     stages.require(Stage::Capabilities, || capabilities::keep(kept))?;
     stages.require(Stage::Seccomp, || seccomp::filter().apply(args.seccomp.seccomp))?;
-    Ok(Entered { directory, proc_self_fd })
+    Ok(Entered { directory, proc_self_fd, open_files })
 }
