@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::Context as _;
-use outboard_common::sandbox::namespaces::id_map::IdMaps;
+use outboard_common::sandbox::namespaces::id_map::{IdMap, IdMaps};
 use outboard_common::sandbox::namespaces::root;
 use outboard_common::sandbox::{
     CapabilitySet, Outcome, Stage, StageError, Stages, capabilities, rlimits, stages,
@@ -53,19 +53,37 @@ fn usual_capabilities(handles: InodeHandles) -> CapabilitySet {
     set
 }
 
-/// The ids of the user namespace; `None` when there need not be one.
+/// The ids of the user namespace; `None` when there need not be one. Who is not spoken of is the daemon's
+/// own user (or group), as itself.
 fn id_maps(ids: &IdArgs) -> Option<IdMaps> {
-    if ids.uid_map.is_empty() && ids.gid_map.is_empty() {
-        return (!rustix::process::geteuid().is_root()).then(IdMaps::self_as_root);
+    let (user, group) = own_ids();
+    if ids.uid_map.is_empty() && ids.gid_map.is_empty() && user == 0 {
+        return None;
     }
-    let mut maps = IdMaps::self_as_root();
-    if !ids.uid_map.is_empty() {
-        maps.users.clone_from(&ids.uid_map);
-    }
-    if !ids.gid_map.is_empty() {
-        maps.groups.clone_from(&ids.gid_map);
-    }
-    Some(maps)
+    let or_same = |given: &[IdMap], own| match given {
+        [] => vec![IdMap::same(own)],
+        given => given.to_vec(),
+    };
+    Some(IdMaps { users: or_same(&ids.uid_map, user), groups: or_same(&ids.gid_map, group) })
+}
+
+/// User and group that the daemon was started as.
+fn own_ids() -> (u32, u32) {
+    (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
+}
+
+/// Refuses a map in which the daemon itself is nobody: having acted as somebody else, it could not become
+/// itself again.
+fn check_map(option: &str, map: &[IdMap], own: u32) -> anyhow::Result<()> {
+    let stands = |one: &IdMap| {
+        one.inside == 0 || own.checked_sub(one.outside).is_some_and(|offset| offset < one.count)
+    };
+    anyhow::ensure!(
+        map.is_empty() || map.iter().any(stands),
+        "{option}: who the daemon runs as ({own}) is nobody in this namespace; map {own} too, or some id \
+         to 0, which the daemon then becomes"
+    );
+    Ok(())
 }
 
 /// Sets the limit of open files, which is returned; one that the operator asked for must be had.
@@ -99,7 +117,7 @@ fn open_files(stages: &mut Stages, args: &ConfinementArgs) -> anyhow::Result<u64
 /// Whether the options fit together.
 ///
 /// # Errors
-/// Maps of ids for a user namespace that there will not be.
+/// Maps of ids for a user namespace that there will not be, or in which the daemon would be nobody.
 pub(crate) fn check(arguments: &Arguments) -> anyhow::Result<()> {
     let IdArgs { uid_map, gid_map, .. } = &arguments.ids;
     let maps = !uid_map.is_empty() || !gid_map.is_empty();
@@ -108,7 +126,9 @@ pub(crate) fn check(arguments: &Arguments) -> anyhow::Result<()> {
         "--uid-map and --gid-map need the user namespace of --sandbox=namespace (--translate-uid and \
          --translate-gid do not)"
     );
-    Ok(())
+    let (user, group) = own_ids();
+    check_map("--uid-map", uid_map, user)?;
+    check_map("--gid-map", gid_map, group)
 }
 
 fn open_path(path: &Path) -> anyhow::Result<OwnedFd> {
