@@ -178,6 +178,29 @@ fn waits_end_when_interrupted_and_when_the_queue_stops() {
     }
 }
 
+/// The VMM waits for its queue to stop, whatever numbers the guest gave its requests.
+#[test]
+fn waits_of_the_same_number_all_end_when_the_queue_stops() {
+    let dir = shared_file();
+    let mut other = Guest::new(dir.path(), "other", 1, &[]);
+    assert_eq!(other.set(1, WRITE_LOCK, 0), 0);
+    let mut guest = Guest::new(dir.path(), "s", 10, &[]);
+    for slot in 1..6 {
+        if slot > 1 {
+            guest.client.repeat_number();
+        }
+        guest.wait_for(slot, 10 + slot as u64, WRITE_LOCK, 0);
+    }
+    let end = Instant::now() + PATIENCE;
+    while guest.lock_threads() < 5 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    guest.client.front_end.get_vring_base(1).unwrap();
+    for _ in 1..6 {
+        assert_eq!(guest.answer().1, libc::EINTR);
+    }
+}
+
 #[test]
 fn a_guest_that_leaves_while_it_waits_leaves_nothing() {
     let dir = shared_file();
