@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -175,6 +176,31 @@ fn waits_end_when_interrupted_and_when_the_queue_stops() {
             }
             assert!(guest.daemon.is_running());
         }
+    }
+}
+
+/// A lock for reading needs no more than reading.
+#[test]
+fn a_running_program_can_be_locked_and_a_locked_one_of_a_read_only_share_be_run() {
+    let dir = shared_file();
+    let program = dir.path().join("shared/file");
+    testkit::daemon::copy_program(Path::new("/bin/sleep"), &program, None).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    for argument in ["--readonly", "--cache=auto"] {
+        let shared = format!("--shared-dir={}", dir.path().join("shared").display());
+        let socket = dir.path().join(argument);
+        let arguments = [shared.as_str(), "--posix-lock", argument];
+        let daemon = Daemon::start("virtiofsd", &socket, &arguments).unwrap();
+        let mut client = FsClient::start(daemon.socket(), 1, 1).unwrap();
+        let inode = client.lookup(1, "file").unwrap();
+        let handle = client.open(inode, libc::O_RDONLY).unwrap();
+        let mut guest = Guest { client, inode, handle, daemon };
+        let run = || std::process::Command::new(&program).arg("20").spawn();
+        let mut running = (argument != "--readonly").then(|| run().unwrap());
+        assert_eq!(guest.set(1, READ_LOCK, 0), 0, "{argument}");
+        let child = running.get_or_insert_with(|| run().unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
 
