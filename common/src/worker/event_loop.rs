@@ -20,7 +20,8 @@
 //! A queue whose chains nobody waits for may rest instead ([`QueueHandler::rest`]): emptied, it is left alone
 //! for a while with kicks off, and looked at again then. While that finds chains, the driver never kicks, and
 //! the worker wakes once for many of them. Kicks are asked for, and the ring looked at a last time, as soon as
-//! a rest was in vain. This too is done only while it pays.
+//! a rest was in vain. This too is done only while it pays. Rests get longer while few chains come for the
+//! ring's size.
 //!
 //! A handler whose next work may as well come from its descriptors has the loop look at all of them
 //! ([`QueueHandler::linger_over_all`]): rings that were emptied stay muted meanwhile, and the driver is asked
@@ -196,8 +197,8 @@ pub trait QueueHandler: Send {
         Duration::ZERO
     }
 
-    /// How long queue `index`, just emptied, is left alone before it is looked at again, without a kick
-    /// meanwhile, if that was worth it lately. For queues whose chains nobody waits for. Zero: not at all.
+    /// How long at least queue `index`, just emptied, is left alone before it is looked at again, without a
+    /// kick meanwhile, if that was worth it lately; up to eight times as long, if few chains come. For queues whose chains nobody waits for. Zero: not at all.
     fn rest(&self, index: u16) -> Duration {
         let _ = index;
         Duration::ZERO
@@ -391,8 +392,8 @@ impl<H: QueueHandler> EventLoop<H> {
             let (now, rest) = (self.cx.now.get(), self.handler.rest(index));
             let Some(queue) = self.cx.queues.get(index) else { return };
             let came = queue.metrics().requests.get().wrapping_sub(before);
-            let until = || now.unwrap_or_else(Instant::now) + rest;
-            if !rest.is_zero() && self.rests.begin(index, came, until) {
+            let until = |length| now.unwrap_or_else(Instant::now) + rest * length;
+            if !rest.is_zero() && self.rests.begin(index, (came, queue.size()), until) {
                 return;
             }
             if linger.is_zero() || !self.linger.look(linger, || queue.has_available()) {
