@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use testkit::daemon::bin;
+use testkit::daemon::{Daemon, bin, copy_program};
 use testkit::fuse_bridge::BridgeOptions;
 use testkit::mounted::Mounted;
 use testkit::skip::skip;
@@ -96,6 +96,25 @@ fn each_sandbox_confines_as_it_says_and_serves() {
         assert_eq!(effective, u64::from_str_radix(&status(pid, "CapPrm"), 16).unwrap());
         assert_eq!(status(pid, "NoNewPrivs"), "1");
         assert_eq!(status(pid, "Seccomp"), "2", "a filter");
+    }
+}
+
+/// Whoever the daemon acts as would be in them too.
+#[test]
+fn groups_of_the_daemon_are_nobody_elses() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("needs root, to be in other groups");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for sandbox in ["namespace", "chroot", "none"] {
+        let socket = dir.path().join(sandbox);
+        let mut command = Command::new("setpriv");
+        command.arg("--groups=4,24,27").arg(bin("virtiofsd").unwrap());
+        command.arg(format!("--sandbox={sandbox}"));
+        command.arg(format!("--socket-path={}", socket.display()));
+        command.arg(format!("--shared-dir={}", dir.path().display()));
+        let daemon = Daemon::start_command("virtiofsd", command, &socket).unwrap();
+        assert_eq!(status(daemon.serving_pid(), "Groups"), "", "{sandbox}");
     }
 }
 
@@ -215,6 +234,7 @@ fn a_user_without_privileges_shares_a_directory_of_theirs() {
         fs::write(mounted.shared("secret"), "x").unwrap();
         fs::set_permissions(mounted.shared("secret"), fs::Permissions::from_mode(0o600)).unwrap();
         assert!(fs::read(mounted.path("secret")).is_err(), "{sandbox}");
+        assert!(mounted.daemon().log().contains("every inode that the guest knows stays open"));
         let pid = mounted.daemon().serving_pid();
         assert_eq!(status(pid, "Uid").split_whitespace().next(), Some(&*USER.to_string()));
         assert_eq!(status(pid, "Seccomp"), "2");
@@ -229,7 +249,8 @@ fn what_a_sandbox_cannot_do_is_told() {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let program = dir.path().join("virtiofsd");
-    fs::copy(bin("virtiofsd").unwrap(), &program).unwrap();
+    // Not with a descriptor of ours, which a test beside this one might inherit.
+    copy_program(&bin("virtiofsd").unwrap(), &program, None).unwrap();
     let shared = format!("--shared-dir={}", dir.path().display());
     let socket = format!("--socket-path={}", dir.path().join("s").display());
     let cases: [(Option<u32>, &[&str], &str); 8] = [

@@ -131,6 +131,17 @@ pub(crate) fn check(arguments: &Arguments) -> anyhow::Result<()> {
     check_map("--gid-map", gid_map, group)
 }
 
+/// Leaves the supplementary groups that the daemon was started with: whoever of the guest it acts as would
+/// have them too.
+fn drop_groups() -> anyhow::Result<()> {
+    // There is one thread, so the thread's groups are the process's.
+    match rustix::thread::set_thread_groups(&[]) {
+        // Who may not do that cannot act as somebody else either.
+        Ok(()) | Err(rustix::io::Errno::PERM) => Ok(()),
+        Err(error) => Err(error).context("leave the supplementary groups"),
+    }
+}
+
 fn open_path(path: &Path) -> anyhow::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     open(path, flags, Mode::empty()).with_context(|| format!("cannot open {}", path.display()))
@@ -144,6 +155,7 @@ pub(crate) fn enter(arguments: &Arguments, shared: &Path) -> anyhow::Result<Ente
     let args = &arguments.confinement;
     let mut stages = Stages::begin()?;
     let open_files = open_files(&mut stages, args)?;
+    drop_groups()?;
     let mut proc_self_fd = None;
     let root = Path::new("/");
     match args.sandbox {
@@ -157,6 +169,8 @@ pub(crate) fn enter(arguments: &Arguments, shared: &Path) -> anyhow::Result<Ente
         })?,
         Sandbox::None => {}
     }
+    // In a user namespace, it may be possible only now.
+    drop_groups()?;
     let (directory, proc_self_fd) = match proc_self_fd {
         Some(proc_self_fd) => (open_path(root)?, proc_self_fd),
         None => (open_path(shared)?, open_path(Path::new("/proc/self/fd"))?),

@@ -261,7 +261,11 @@ impl<F: Extension> FsWorker<F> {
         for done in finished.drain(..) {
             self.away -= 1;
             match done.lock {
-                Some(unique) => self.lock_waits.retain(|one| *one != unique),
+                Some(unique) => {
+                    if let Some(at) = self.lock_waits.iter().position(|one| *one == unique) {
+                        self.lock_waits.swap_remove(at);
+                    }
+                }
                 None => self.pace.after_slow_thread(done.took),
             }
             // A queue is there as long as one of its chains is away.
