@@ -191,14 +191,22 @@ fn a_user_without_privileges_shares_a_directory_of_theirs() {
     if !user_namespaces() {
         return;
     }
-    for (sandbox, seen) in [("--sandbox=namespace", 0), ("--sandbox=none", USER)] {
-        let arguments = [sandbox, "--xattr"];
+    let as_root: &[&str] = &["--uid-map=:0:12345:1:", "--gid-map=:0:12345:1:"];
+    for (sandbox, maps, seen) in [
+        ("--sandbox=namespace", &[][..], USER),
+        ("--sandbox=namespace", as_root, 0),
+        ("--sandbox=none", &[], USER),
+    ] {
+        let arguments = [&[sandbox, "--xattr"], maps].concat();
         let options = BridgeOptions::default();
         let Some(mut mounted) = Mounted::new_as(Some(USER), &arguments, options) else { return };
         expect_service(&mounted);
         // What the guest's root makes is the user's.
         assert_eq!(owner(&mounted.shared("hard")), (USER, USER), "{sandbox}");
         assert_eq!(owner(&mounted.path("hard")), (seen, seen), "{sandbox}");
+        // The guest's user of that number is served too.
+        assert!(touch(&mounted.path("of-theirs"), seen), "{sandbox}");
+        assert_eq!(owner(&mounted.shared("of-theirs")), (USER, USER), "{sandbox}");
         // Others cannot be served: they get an error, and the daemon goes on.
         fs::set_permissions(mounted.shared(""), fs::Permissions::from_mode(0o777)).unwrap();
         assert!(!touch(&mounted.path("of-another"), USER + 1), "{sandbox}");
@@ -224,10 +232,12 @@ fn what_a_sandbox_cannot_do_is_told() {
     fs::copy(bin("virtiofsd").unwrap(), &program).unwrap();
     let shared = format!("--shared-dir={}", dir.path().display());
     let socket = format!("--socket-path={}", dir.path().join("s").display());
-    let cases: [(Option<u32>, &[&str], &str); 6] = [
+    let cases: [(Option<u32>, &[&str], &str); 8] = [
         (None, &["--sandbox=chroot", "--uid-map=:0:0:1:"], "--sandbox=namespace"),
         (None, &["--sandbox=none", "--gid-map=:0:0:1:"], "--sandbox=namespace"),
+        (None, &["--uid-map=:1000:100000:10:"], "nobody in this namespace"),
         (None, &["--translate-uid=map:0:1:1", "--posix-acl"], "ACLs"),
+        (None, &["--rlimit-nofile=20"], "raise --rlimit-nofile"),
         (Some(USER), &["--sandbox=chroot"], "root"),
         (Some(USER), &["--inode-file-handles=mandatory"], "CAP_DAC_READ_SEARCH"),
         (Some(USER), &["--uid-map=:0:100000:5:"], "newuidmap"),

@@ -111,6 +111,7 @@ impl PassthroughFs {
     }
 
     fn keep_open(&self, id: u64, fd: OwnedFd, flags: i32, mount: u32) -> io::Result<u64> {
+        let fd = self.for_guest(fd)?;
         self.files.insert(self.open_file(id, fd, flags, mount)).ok_or(errno(libc::ENFILE))
     }
 
@@ -176,11 +177,11 @@ impl PassthroughFs {
         let made = self.make_open(ctx, extra, dir.as_fd(), name, flags, &args);
         match made {
             Ok(fd) => {
-                self.label(fd.as_fd(), extra).inspect_err(|_| {
-                    // What could not be labelled must not stay.
+                let labelled = self.label(fd.as_fd(), extra);
+                labelled.and_then(|()| self.created(parent, fd, host)).inspect_err(|_| {
+                    // What could not be labelled, or kept open, must not stay.
                     let _ = rustix::fs::unlinkat(&dir, name, rustix::fs::AtFlags::empty());
-                })?;
-                self.created(parent, fd, host)
+                })
             }
             Err(error)
                 if error.raw_os_error() == Some(libc::EEXIST)

@@ -195,6 +195,7 @@ impl PassthroughFs {
             }
             other => other,
         }?;
+        let fd = self.for_guest(fd)?;
         let mut held = self.locks.held();
         let held_one = held.entry(holder).or_insert_with(|| Held::new(Arc::new(fd), pid));
         let fd = Arc::clone(&held_one.fd);
