@@ -4,8 +4,8 @@
 //! [`AdminSockets::bind`] makes the sockets while the daemon may still write to their directories.
 //! After the sandbox is closed, [`AdminSockets::serve`] starts one thread that waits on both and
 //! serves one connection at a time: read one request, write one answer, close. Each connection has
-//! a second, so that a client that stalls delays the others and nothing else. Without either socket
-//! there is no thread.
+//! a second, so that a client that stalls delays the others and nothing else: not the daemon's end
+//! either. Without either socket there is no thread.
 //!
 //! Metrics: a client that sends nothing gets Prometheus text; `GET /metrics` gets the same over
 //! HTTP/1.0 and `GET /json` the [`Snapshot`](crate::metrics::Snapshot) as JSON, so
@@ -14,16 +14,17 @@
 //! Control: one line `{"verb": argument}`, answered by one line `{"ok": value}` or
 //! `{"error": "sentence"}`. The verbs are the daemon's; see [`Control`].
 
-use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
 
 use crate::metrics::Registry;
 use crate::warn_limited;
@@ -173,7 +174,7 @@ pub struct AdminThread {
 }
 
 impl AdminThread {
-    /// Ends the thread and waits for it, which takes a second at most.
+    /// Ends the thread and waits for it. Clients that are being served lose their answer.
     pub fn join(self) {
         let Self { stop, thread, sockets } = self;
         drop(stop);
@@ -229,9 +230,13 @@ impl Server {
         })
     }
 
-    fn accept(&self, listener: &UnixListener, serve: fn(&Self, &mut Connection) -> io::Result<()>) {
+    fn accept(
+        &self,
+        listener: &UnixListener,
+        serve: fn(&Self, &mut Connection<'_>) -> io::Result<()>,
+    ) {
         let outcome = match listener.accept() {
-            Ok((stream, _)) => serve(self, &mut Connection::new(stream)),
+            Ok((stream, _)) => serve(self, &mut Connection::new(stream, self.stopped.as_fd())),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => {
                 // Out of descriptors, most likely: the client still waits, so do not spin on it.
@@ -244,7 +249,7 @@ impl Server {
         }
     }
 
-    fn serve_metrics(&self, connection: &mut Connection) -> io::Result<()> {
+    fn serve_metrics(&self, connection: &mut Connection<'_>) -> io::Result<()> {
         let mut header = Vec::new();
         let request = loop {
             match request::parse_http(&header) {
@@ -279,7 +284,7 @@ impl Server {
         Ok(serde_json::to_string(&self.registry.snapshot())?)
     }
 
-    fn serve_control(&self, connection: &mut Connection) -> io::Result<()> {
+    fn serve_control(&self, connection: &mut Connection<'_>) -> io::Result<()> {
         let mut line = Vec::new();
         while !line.contains(&b'\n') && line.len() <= CONTROL_REQUEST_MAX {
             if !connection.read_more(&mut line, CONNECTION_TIME)? {
@@ -311,49 +316,65 @@ struct Wake {
 }
 
 /// One client, with the time it has left.
-struct Connection {
+struct Connection<'a> {
     stream: UnixStream,
+    /// Readable when the thread is to end.
+    stopped: BorrowedFd<'a>,
     deadline: Instant,
 }
 
-impl Connection {
-    fn new(stream: UnixStream) -> Self {
-        Self { stream, deadline: Instant::now() + CONNECTION_TIME }
+impl<'a> Connection<'a> {
+    fn new(stream: UnixStream, stopped: BorrowedFd<'a>) -> Self {
+        Self { stream, stopped, deadline: Instant::now() + CONNECTION_TIME }
+    }
+
+    /// Waits until the client is ready for `what`; false when `patience` or the time of the connection is
+    /// over before.
+    fn wait(&self, what: PollFlags, patience: Duration) -> io::Result<bool> {
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now()).min(patience);
+            let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+            let mut fds =
+                [PollFd::new(&self.stream, what), PollFd::new(&self.stopped, PollFlags::IN)];
+            match poll(&mut fds, Some(&timeout)) {
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) if !fds[1].revents().is_empty() => {
+                    return Err(io::Error::other("the daemon is leaving"));
+                }
+                Ok(ready) => return Ok(ready > 0),
+            }
+        }
     }
 
     /// Appends what the client sent. False when it sends no more: its end is closed, or `patience`
     /// or the time of the connection is over.
     fn read_more(&mut self, buffer: &mut Vec<u8>, patience: Duration) -> io::Result<bool> {
-        let left = self.deadline.saturating_duration_since(Instant::now()).min(patience);
-        if left.is_zero() {
+        if !self.wait(PollFlags::IN, patience)? {
             return Ok(false);
         }
-        self.stream.set_read_timeout(Some(left))?;
         let mut piece = [0; 4096];
-        match self.stream.read(&mut piece) {
-            Ok(length) => {
+        match rustix::net::recv(&self.stream, &mut piece, RecvFlags::DONTWAIT) {
+            Ok((_, length)) => {
                 buffer.extend_from_slice(&piece[..length]);
                 Ok(length > 0)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
-            Err(error) => Err(error),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(true),
+            Err(error) => Err(error.into()),
         }
     }
 
     /// Writes it all, or fails when the time is over.
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         while !bytes.is_empty() {
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if !self.wait(PollFlags::OUT, CONNECTION_TIME)? {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            self.stream.set_write_timeout(Some(left))?;
-            match self.stream.write(bytes) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(length) => bytes = &bytes[length..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            match rustix::net::send(&self.stream, bytes, flags) {
+                Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())

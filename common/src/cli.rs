@@ -81,7 +81,7 @@ pub struct LogArgs {
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: Level,
 
-    /// Log to the system log (/dev/log) instead of stderr
+    /// Log to the system log (/dev/log) instead of stderr, if there is one
     #[arg(long)]
     pub syslog: bool,
 }
@@ -308,9 +308,20 @@ fn exit_code(outcome: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// An error and its causes as `error: a: b: c`, always one line.
+/// An error and its causes as `error: a: b: c`, always one line. A cause that was quoted in a sentence before
+/// it is not said again.
 pub fn error_line(error: &anyhow::Error) -> String {
-    format!("error: {error:#}").replace('\n', " ")
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if said.contains(&cause) {
+            continue;
+        }
+        if !said.is_empty() {
+            said.push_str(": ");
+        }
+        said.push_str(&cause);
+    }
+    format!("error: {said}").replace('\n', " ")
 }
 
 #[cfg(test)]

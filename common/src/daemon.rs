@@ -121,7 +121,7 @@ pub fn run(endpoints: Vec<Endpoint>, options: RunOptions) -> anyhow::Result<()> 
     send_to_successor(shared.handover.as_deref(), successor)
 }
 
-type SuccessorThread = JoinHandle<std::io::Result<std::os::unix::net::UnixStream>>;
+type SuccessorThread = JoinHandle<std::os::unix::net::UnixStream>;
 
 /// Waits for a successor on a thread; its arrival stops all sessions.
 fn await_successor(handover: Arc<Handover>, shared: &Shared) -> anyhow::Result<SuccessorThread> {
@@ -129,11 +129,11 @@ fn await_successor(handover: Arc<Handover>, shared: &Shared) -> anyhow::Result<S
     std::thread::Builder::new()
         .name("handover".to_owned())
         .spawn(move || {
-            let stream = handover.wait()?;
+            let stream = handover.wait();
             tracing::info!("a new daemon takes over");
             shared.shutdown.signal();
             shared.signals.close();
-            Ok(stream)
+            stream
         })
         .context("thread for the hand-over")
 }
@@ -148,7 +148,6 @@ fn send_to_successor(
         return Ok(());
     };
     let Ok(stream) = thread.join() else { anyhow::bail!("the hand-over thread panicked") };
-    let stream = stream.context("waiting for a successor")?;
     handover.send(&stream).context("handing over")?;
     std::mem::forget(stream);
     Ok(())

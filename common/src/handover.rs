@@ -8,8 +8,10 @@
 //! included, is gone. It opens what it serves, resumes the sessions, and listens at PATH for its own
 //! successor. Front ends stay connected all along: their sockets never close.
 //!
-//! On the wire: 8 bytes with the length of the text and the number of descriptors, then the
-//! descriptors, [`FDS_AT_ONCE`] with each byte of padding, then the text, JSON.
+//! On the wire: the new one says [`GREETING`], so that whoever else connects (somebody who looks whether the
+//! socket is alive) ends no daemon. The old one answers with 8 bytes, the length of the text and the
+//! number of descriptors, then the descriptors, [`FDS_AT_ONCE`] with each byte of padding, then the
+//! text, JSON.
 
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
@@ -18,6 +20,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use rustix::io::{IoSlice, IoSliceMut};
@@ -32,7 +35,14 @@ use crate::daemon::Endpoint;
 use crate::device::Device;
 use crate::transport::{Transport, TransportError};
 use crate::vhost_user::session::{SavedSession, SessionOptions};
+use crate::warn_limited;
 
+/// What a successor says first.
+const GREETING: &[u8] = b"outboard: take over\n";
+/// How long it may take to say it. Others wait meanwhile.
+const GREETING_TIME: Duration = Duration::from_secs(1);
+/// How long to wait after a connection that could not be accepted: out of descriptors, most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// Descriptors in one message; the kernel's limit is 253.
 const FDS_AT_ONCE: usize = 64;
 /// Bytes of text and descriptors at the most: a daemon of 64 devices with large states stays below.
@@ -193,10 +203,19 @@ impl Handover {
     }
 
     /// Waits for a successor, on a thread of its own.
-    pub(crate) fn wait(&self) -> io::Result<UnixStream> {
-        let (stream, _) = self.listener.accept()?;
-        self.wanted.store(true, Ordering::SeqCst);
-        Ok(stream)
+    pub(crate) fn wait(&self) -> UnixStream {
+        loop {
+            let greeted = self.listener.accept().inspect_err(|_| std::thread::sleep(ACCEPT_PAUSE));
+            match greeted.and_then(|(stream, _)| greeted_by(stream)) {
+                Ok(stream) => {
+                    self.wanted.store(true, Ordering::SeqCst);
+                    return stream;
+                }
+                Err(error) => {
+                    warn_limited!(%error, "who came to the hand-over socket is no successor");
+                }
+            }
+        }
     }
 
     pub(crate) fn is_wanted(&self) -> bool {
@@ -254,6 +273,18 @@ impl Handover {
     }
 }
 
+/// The connection of a successor that says so.
+fn greeted_by(mut stream: UnixStream) -> io::Result<UnixStream> {
+    stream.set_read_timeout(Some(GREETING_TIME))?;
+    let mut said = [0; GREETING.len()];
+    stream.read_exact(&mut said)?;
+    if said != GREETING {
+        return Err(io::Error::other("it says something else"));
+    }
+    stream.set_read_timeout(None)?;
+    Ok(stream)
+}
+
 fn number(stream: &mut UnixStream) -> anyhow::Result<usize> {
     let mut bytes = [0u8; 4];
     stream.read_exact(&mut bytes)?;
@@ -261,6 +292,7 @@ fn number(stream: &mut UnixStream) -> anyhow::Result<usize> {
 }
 
 fn receive(mut stream: UnixStream) -> anyhow::Result<TakenOver> {
+    stream.write_all(GREETING)?;
     let (text_len, fd_count) = (number(&mut stream)?, number(&mut stream)?);
     ensure!(text_len <= MAX_TEXT && fd_count <= MAX_FDS, "what it sent is too large to be true");
     let mut fds = Vec::new();

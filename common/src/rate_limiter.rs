@@ -112,7 +112,7 @@ impl FromStr for Limit {
 
 /// What a limit looks like in a configuration file or a control request.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a limit is a whole number, \"RATE:BURST\", or a rate and a burst")]
 enum LimitForm {
     Rate(u64),
     Text(String),

@@ -122,9 +122,8 @@ impl Daemon {
     /// Whether the socket has been there for a while. A daemon that was started in one network name
     /// space and locked itself into another listens in a table that neither has.
     fn is_settled(&self) -> bool {
-        made(&self.socket).is_some_and(|at| {
-            self.stale != Some(at) && at.elapsed().is_ok_and(|age| age > SETTLED)
-        })
+        made(&self.socket)
+            .is_some_and(|at| self.stale != Some(at) && at.elapsed().is_ok_and(|age| age > SETTLED))
     }
 
     /// Where the daemon listens.

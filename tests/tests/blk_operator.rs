@@ -190,7 +190,7 @@ fn the_control_socket_lists_limits_and_resizes() {
     assert!(begun.elapsed() < Duration::from_millis(700), "unlimited: {:?}", begun.elapsed());
 
     fs::File::options().write(true).open(&file).unwrap().set_len(IMAGE_BYTES * 2).unwrap();
-    let answer = ask(&control, r#"{"resize": {}}"#);
+    let answer = ask(&control, r#"{"resize": null}"#);
     assert!(answer.contains(&format!("\"sectors\":{}", IMAGE_BYTES / 256)), "{answer}");
     for wrong in [
         r#"{"resize": {"disk": "none"}}"#,

@@ -6,6 +6,7 @@
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use testkit::daemon::{Daemon, bin};
@@ -68,6 +69,46 @@ fn has_left(old: &mut Daemon) -> bool {
         std::thread::sleep(Duration::from_millis(5));
     }
     !old.is_running()
+}
+
+/// A connection to the hand-over socket, which comes a moment after the one for front ends.
+fn visit(path: &Path) -> UnixStream {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Err(_) if start.elapsed() < LONG => std::thread::sleep(Duration::from_millis(1)),
+            other => return other.unwrap(),
+        }
+    }
+}
+
+/// Whoever connects and is no newer daemon ends nothing, and is in nobody's way for long.
+#[test]
+fn a_visitor_to_the_handover_socket_takes_nothing_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("blk");
+    let path = dir.path().join("handover");
+    let arguments = ["--null=1M".to_owned(), format!("--handover-socket={}", path.display())];
+    let mut old = Daemon::start("vhost-user-blk", &socket, &arguments).unwrap();
+    let front_end = FrontEnd::connect(&socket).unwrap();
+    drop(visit(&path));
+    visit(&path).write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let _silent = visit(&path);
+    // The greeting's time, and more.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(old.is_running(), "{}", old.log());
+    assert!(front_end.get_queue_num().unwrap() > 0);
+    let mut new = std::process::Command::new(bin("vhost-user-blk").unwrap())
+        .arg(format!("--socket-path={}", socket.display()))
+        .args(&arguments)
+        .spawn()
+        .unwrap();
+    let left = has_left(&mut old);
+    let answer = front_end.get_queue_num();
+    let _ = new.kill();
+    let _ = new.wait();
+    assert!(left, "the old daemon still runs:\n{}", old.log());
+    assert!(answer.unwrap() > 0);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use testkit::daemon::{self, Daemon, ask};
 use testkit::frontend::FrontEnd;
 use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
+use vhost_user_net::sys::{attach_tap, open_tap_device};
 
 /// Runs the program, which must end by itself; gives exit code, stdout and stderr.
 fn run(namespace: &NetNs, arguments: &[&str]) -> (i32, String, String) {
@@ -85,10 +87,62 @@ fn link_mtu_and_limits_change_at_run_time() {
     namespace.enter(show.args(["link", "show", "tap0"]));
     let shown = String::from_utf8(show.output().unwrap().stdout).unwrap();
     assert!(shown.contains("mtu 9000"), "{shown}");
+    for mtu in [0, 67] {
+        assert!(frontend.set_mtu(mtu).is_err(), "{mtu}");
+    }
+    frontend.set_mtu(68).unwrap();
+    assert_eq!(frontend.get_config(10, 2).unwrap(), 68u16.to_le_bytes());
+    frontend.set_mtu(9000).unwrap();
+    assert!(ask(&control, r#"{"announce": null}"#).contains(r#""mtu":9000"#));
+    assert_eq!(frontend.get_config(6, 2).unwrap(), [3, 0]);
+    drop(frontend);
     for wrong in [r#"{"mtu": 60}"#, r#"{"mtu": "x"}"#, r#"{"bogus": 1}"#, "nonsense"] {
         assert!(ask(&control, wrong).contains("error"), "{wrong}");
     }
     assert!(ask(&control, r#"{"state": null}"#).contains(r#""mtu":9000"#));
+    let frontend = FrontEnd::connect(daemon.socket()).unwrap();
+    // Served, so the one before has been forgotten.
+    assert!(frontend.get_queue_num().unwrap() > 0);
+    assert!(ask(&control, r#"{"announce": null}"#).contains("no guest"), "nobody hears it");
+}
+
+fn mtu_of(root: &ToolRoot, namespace: &NetNs, interface: &str) -> String {
+    let mut show = root.command("ip").unwrap();
+    namespace.enter(show.args(["-o", "link", "show", interface]));
+    let shown = String::from_utf8(show.output().unwrap().stdout).unwrap();
+    let mut words = shown.split_ascii_whitespace().skip_while(|word| *word != "mtu").skip(1);
+    words.next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn the_mtu_given_is_the_interfaces_whatever_kind_it_is() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(pod) = NetNs::for_test(root) else { return };
+    let Some(other) = NetNs::for_test(root) else { return };
+    pod.ip(root, "link add v0 type veth peer name v1").unwrap();
+    // Of the same name as the tap that there will be in the pod.
+    other.ip(root, "link add tap0 type veth peer name v1").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let start = |namespace: &NetNs, name: &str, arguments: &[&str]| {
+        let socket = dir.path().join(name);
+        let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+        command.arg("--socket-path").arg(&socket).args(["--mtu", "1400"]).args(arguments);
+        namespace.enter(&mut command);
+        Daemon::start_command("vhost-user-net", command, &socket).unwrap()
+    };
+    let _veth = start(&pod, "veth", &["--packet", "v0"]);
+    assert_eq!(mtu_of(root, &pod, "v0"), "1400");
+    // A tap that somebody made in the pod, given to a daemon that is not there.
+    let tap = pod.run(|| {
+        let fd = open_tap_device(Path::new("/dev/net/tun")).unwrap();
+        attach_tap(fd.as_fd(), Some(&"tap0".parse().unwrap()), false).unwrap();
+        fd
+    });
+    let tap = tap.unwrap();
+    rustix::io::fcntl_setfd(&tap, rustix::io::FdFlags::empty()).unwrap();
+    let _tap = start(&other, "tap", &["--tap-fd", &tap.as_raw_fd().to_string()]);
+    assert_eq!(mtu_of(root, &pod, "tap0"), "1400");
+    assert_eq!(mtu_of(root, &other, "tap0"), "1500", "an interface of the same name");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use outboard_common::cli::SocketChoice;
 use outboard_common::cli::values::{Size, ValueError, check_socket_path, split_commas};
+use outboard_common::config_file;
 use outboard_common::rate_limiter::{DirectionLimits, Limit, Limits};
 use serde::Deserialize;
 
@@ -12,6 +13,9 @@ use crate::cli::BlkArgs;
 use crate::device::{DeviceOptions, MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::request::{ID_LEN, SECTOR_SIZE};
 use crate::store::{Cache, OpenOptions};
+
+/// Longest name of a disk, bytes.
+const NAME_MAX: usize = 64;
 
 /// A mistake in what the operator asked for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -55,8 +59,12 @@ pub enum ConfigError {
     BlockSize(u64),
     #[error("{0} cannot be used with a qcow2 image or a disk without a file; leave it out")]
     NotForThis(&'static str),
-    #[error("cannot read {path}: {why}")]
-    File { path: PathBuf, why: String },
+    #[error(
+        "the name {0:?} is empty, too long or has control characters; give 1 to {NAME_MAX} others"
+    )]
+    Name(String),
+    #[error("{0}")]
+    File(String),
 }
 
 /// How an image file is laid out.
@@ -102,7 +110,7 @@ pub struct DiskConfig {
 /// The file of `--config`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ConfigFile {
+struct Disks {
     disk: Vec<DiskConfig>,
 }
 
@@ -348,8 +356,10 @@ impl DiskConfig {
         if !(1..=MAX_QUEUES).contains(&num_queues) {
             return Err(ConfigError::NumQueues(num_queues));
         }
+        let name = self.name.clone().unwrap_or_else(|| format!("blk{number}"));
+        check_name(&name)?;
         Ok(DeviceOptions {
-            name: self.name.clone().unwrap_or_else(|| format!("blk{number}")),
+            name,
             serial: serial(self.serial.as_deref().unwrap_or(""))?,
             read_only: self.readonly.unwrap_or(false),
             num_queues,
@@ -392,10 +402,17 @@ fn serial(text: &str) -> Result<[u8; ID_LEN], ConfigError> {
 }
 
 fn read_file(path: &Path) -> Result<Vec<DiskConfig>, ConfigError> {
-    let failed = |why: String| ConfigError::File { path: path.to_owned(), why };
-    let text = std::fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
-    let file: ConfigFile = toml::from_str(&text).map_err(|e| failed(e.to_string()))?;
-    Ok(file.disk)
+    let read = config_file::ConfigFile::read(path).and_then(|file| file.parse::<Disks>());
+    let disks = read.map_err(|error| ConfigError::File(format!("{:#}", anyhow::Error::new(error))));
+    Ok(disks?.disk)
+}
+
+/// A name that can be a thread's, and a label of the metrics.
+fn check_name(name: &str) -> Result<(), ConfigError> {
+    if name.is_empty() || name.len() > NAME_MAX || name.chars().any(char::is_control) {
+        return Err(ConfigError::Name(name.to_owned()));
+    }
+    Ok(())
 }
 
 /// All disks that the command line and its configuration file describe.

@@ -6,7 +6,7 @@
 //!   LIMIT is a number, "RATE:BURST" or `{"rate": N, "burst": N}`.
 //! - `{"resize": {"disk": NAME}}` looks at the image's size and tells the guest; answers the sectors.
 //!
-//! NAME may be left out when there is one disk.
+//! NAME may be left out when there is one disk; `{"resize": null}` does then.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,7 +25,7 @@ pub struct BlkControl {
     devices: Vec<Arc<BlkDevice>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Resize {
     disk: Option<String>,
@@ -86,7 +86,8 @@ impl Control for BlkControl {
                 Ok(json!(device.limiter().limits()))
             }
             "resize" => {
-                let request: Resize = serde_json::from_value(argument)?;
+                let request: Option<Resize> = serde_json::from_value(argument)?;
+                let request = request.unwrap_or_default();
                 let device = self.find(request.disk.as_deref())?;
                 let sectors =
                     device.check_size().map_err(|e| ControlError::Refused(e.to_string()))?;

@@ -19,7 +19,7 @@ use crate::ports::PortConfig;
 use crate::sys::InterfaceName;
 
 /// The least MTU a device may have. Virtio 1.3, 5.1.4.1.
-const MTU_MIN: u16 = 68;
+pub(crate) const MTU_MIN: u16 = 68;
 
 /// What `--help` and the manual page end with.
 const EXAMPLES: &str = r#"Examples:

@@ -14,6 +14,7 @@ use outboard_common::worker::EventLoop;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
 use virtio_bindings::virtio_net as v;
 
+use crate::cli::MTU_MIN;
 use crate::config::{S_ANNOUNCE, S_LINK_UP};
 use crate::control::MacAddr;
 use crate::shared::Shared;
@@ -87,14 +88,17 @@ impl NetDevice {
         Ok(())
     }
 
-    /// Asks the driver to announce itself to the network.
-    pub fn ask_to_announce(&self) {
-        if self.shared.has_feature(v::VIRTIO_NET_F_GUEST_ANNOUNCE) {
+    /// Asks the driver to announce itself to the network; false when there is none that can.
+    #[must_use]
+    pub fn ask_to_announce(&self) -> bool {
+        let can = self.shared.has_feature(v::VIRTIO_NET_F_GUEST_ANNOUNCE);
+        if can {
             self.shared.change_config(|config| {
                 config.set_status(S_ANNOUNCE, true);
                 true
             });
         }
+        can
     }
 
     /// What workers share.
@@ -138,6 +142,8 @@ impl Device for NetDevice {
 
     fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
         if let Some(port) = self.shared.backend.switch_port() {
+            // Two workers of one port would take its receive queue from each other.
+            anyhow::ensure!(worker == 0, "there is no queue pair {worker}");
             let event_loop = EventLoop::new(SwitchWorker::new(self.shared.clone(), port))?;
             return Ok(Box::new(move |control| event_loop.run(control)));
         }
@@ -179,6 +185,9 @@ impl Device for NetDevice {
     }
 
     fn set_mtu(&self, mtu: u16) -> bool {
+        if mtu < MTU_MIN {
+            return false;
+        }
         // The front end tells what it gave the guest; frames up to that size must pass.
         let wide_enough = self.shared.backend.mtu().is_some_and(|now| now >= mtu);
         let result = if wide_enough { Ok(()) } else { self.shared.backend.set_mtu(mtu) };

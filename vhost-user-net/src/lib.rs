@@ -141,14 +141,26 @@ fn plan_single(cli: &Cli, taps: Vec<OwnedFd>, before: Vec<OwnedFd>) -> anyhow::R
     let choice =
         cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
     let locked_mac = cli.device.mac.filter(|_| !cli.guard.any_mac);
+    let backend = open_backend(cli, taps, before)?;
+    if let Some(mtu) = cli.device.mtu {
+        give_mtu(backend.as_ref(), mtu)?;
+    }
     Ok(Plan {
         name: DEVICE.to_owned(),
         choice,
-        backend: open_backend(cli, taps, before)?,
+        backend,
         mac: cli.device.mac,
         source: SourceFilter::new(locked_mac, cli.guard.allow_ip.clone()),
         limits: limits(&cli.guard),
     })
+}
+
+/// Gives the interface the MTU that the guest is told. One that cannot be seen from here is left as it is.
+fn give_mtu(backend: &dyn Backend, mtu: u16) -> anyhow::Result<()> {
+    if backend.mtu().is_none_or(|now| now == mtu) {
+        return Ok(());
+    }
+    backend.set_mtu(mtu).with_context(|| format!("cannot set the MTU of the interface to {mtu}"))
 }
 
 /// One device for each port of the switch.

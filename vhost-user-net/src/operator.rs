@@ -18,6 +18,7 @@ use outboard_common::admin::{Control, ControlError};
 use outboard_common::rate_limiter::Limits;
 use serde_json::{Value, json};
 
+use crate::cli::MTU_MIN;
 use crate::config::S_LINK_UP;
 use crate::device::NetDevice;
 
@@ -100,12 +101,17 @@ impl Control for Operator {
             }
             "mtu" => {
                 let mtu: u16 = serde_json::from_value(argument)?;
-                if mtu < 68 {
-                    return Err(ControlError::Refused("an MTU has at least 68 bytes".to_owned()));
+                if mtu < MTU_MIN {
+                    let why = format!("an MTU has at least {MTU_MIN} bytes");
+                    return Err(ControlError::Refused(why));
                 }
                 device.set_link_mtu(mtu).map_err(|e| refused("change the MTU", &e))?;
             }
-            "announce" => device.ask_to_announce(),
+            "announce" if device.ask_to_announce() => {}
+            "announce" => {
+                let why = "there is no guest that takes such a wish (GUEST_ANNOUNCE)";
+                return Err(ControlError::Refused(why.to_owned()));
+            }
             "limits" => {
                 let limits: Limits = serde_json::from_value(argument)?;
                 device.shared().limiter.set(limits, Instant::now());

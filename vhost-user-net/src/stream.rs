@@ -189,7 +189,13 @@ impl FrameStream {
             u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes()
         }));
         let mut from = 0;
-        while from < frames.len() {
+        while let Some(frame) = frames.get(from) {
+            if frame.parts() + 1 > PARTS_MAX {
+                // A guest's mistake: no reason to end the connection, as the kernel's refusal would be.
+                self.results[from] = -libc::EMSGSIZE;
+                from += 1;
+                continue;
+            }
             let to = self.gather(frames, from);
             // SAFETY: as the caller promised; the prefixes are ours.
             let sent = unsafe { self.send_parts() };

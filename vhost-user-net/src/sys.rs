@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -18,6 +18,7 @@ pub(crate) const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 pub(crate) const TUNSETQUEUE: u32 = 0x4004_54d9;
 pub(crate) const TUNSETVNETLE: u32 = 0x4004_54dc;
 pub(crate) const TUNSETCARRIER: u32 = 0x4004_54e2;
+const TUNGETDEVNETNS: u32 = 0x54e3;
 const SIOCGIFINDEX: u32 = 0x8933;
 pub(crate) const SIOCGIFMTU: u32 = 0x8921;
 pub(crate) const SIOCSIFMTU: u32 = 0x8922;
@@ -165,6 +166,20 @@ pub fn tap_interface(fd: BorrowedFd<'_>) -> io::Result<(InterfaceName, c_int)> {
     // SAFETY: TUNGETIFF fills `ifru_flags`.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     Ok((InterfaceName::of(&request), c_int::from(flags)))
+}
+
+/// The network namespace that a tap descriptor's interface was made in.
+///
+/// # Errors
+/// No permission, or not an attached tap descriptor.
+pub fn tap_network_namespace(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: the request takes no argument.
+    let namespace = unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETDEVNETNS.into(), 0) };
+    if namespace < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(namespace) })
 }
 
 /// Sets the bytes of `virtio_net_hdr` before each frame, and its byte order to little endian.

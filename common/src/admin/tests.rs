@@ -1,3 +1,4 @@
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -163,6 +164,20 @@ fn the_control_socket_is_private_and_both_go_with_the_thread() {
     running.thread.take().unwrap().join();
     assert!(!control.exists());
     assert!(!running.dir.path().join("metrics").exists());
+}
+
+#[test]
+fn a_client_that_stalls_does_not_delay_the_end() {
+    for (socket, sent) in [("control", &b"{\"get"[..]), ("control", b""), ("metrics", b"GET /")] {
+        let mut running = Running::start();
+        let mut stream = UnixStream::connect(running.dir.path().join(socket)).unwrap();
+        stream.write_all(sent).unwrap();
+        // Until the thread waits for the rest.
+        thread::sleep(Duration::from_millis(20));
+        let start = Instant::now();
+        running.thread.take().unwrap().join();
+        assert!(start.elapsed() < CONNECTION_TIME / 2, "{socket}: {:?}", start.elapsed());
+    }
 }
 
 #[test]

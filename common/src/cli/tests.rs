@@ -105,6 +105,11 @@ fn help_is_not_an_error() {
 fn an_error_chain_is_one_line() {
     let error = Err::<(), _>(anyhow::anyhow!("c\nd")).context("b").context("a").unwrap_err();
     assert_eq!(error_line(&error), "error: a: b: c d");
+    let quoting = Err::<(), _>(anyhow::anyhow!("no such file"))
+        .context("cannot open x: no such file; make it")
+        .context("disk 3")
+        .unwrap_err();
+    assert_eq!(error_line(&quoting), "error: disk 3: cannot open x: no such file; make it");
 }
 
 #[test]
@@ -149,6 +154,8 @@ fn a_configuration_writes_sizes_as_numbers_or_text() {
     assert_eq!(serde_json::from_str::<Size>("\"4K\"").unwrap(), Size(4096));
     let error = serde_json::from_str::<Size>("\"4Q\"").unwrap_err();
     assert!(error.to_string().contains("not a size"), "{error}");
+    let error = serde_json::from_str::<Size>("true").unwrap_err();
+    assert!(error.to_string().starts_with("a size is a whole number of bytes"), "{error}");
     assert_eq!(serde_json::to_string(&Size(4096)).unwrap(), "4096");
 }
 

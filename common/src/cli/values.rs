@@ -112,7 +112,7 @@ impl fmt::Display for Size {
 
 /// A configuration file may write a size as a number or as text with a suffix.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a size is a whole number of bytes, or a text like \"64K\"")]
 enum TextOrNumber {
     Number(u64),
     Text(String),

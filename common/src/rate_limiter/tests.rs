@@ -129,6 +129,8 @@ fn a_limit_is_written_in_three_ways() {
     assert_eq!(again, limits);
     assert!(serde_json::from_str::<Limits>(r#"{"reed": {}}"#).is_err());
     assert!(serde_json::from_str::<Limits>(r#"{"read": {"ops": 0}}"#).is_err());
+    let error = serde_json::from_str::<Limits>(r#"{"read": {"ops": true}}"#).unwrap_err();
+    assert!(error.to_string().starts_with("a limit is a whole number"), "{error}");
 }
 
 /// One step of a run: time passes, then a request comes.

@@ -93,6 +93,11 @@ impl InflightRegion {
         })
     }
 
+    /// Whether there is a record of a ring of `size` entries in it.
+    pub(super) fn is_made_for(&self, size: u16) -> bool {
+        self.load::<u16>(8) == VERSION && self.load::<u16>(10) == size
+    }
+
     /// Blanks the record, so that whoever starts the ring next begins where the front end says: the
     /// driver reset the ring.
     pub fn blank(&self) {
@@ -176,7 +181,7 @@ impl SplitInflight {
         ring_used: u16,
     ) -> (Self, Option<Vec<u16>>) {
         let mut this = Self { region, size, counter: 0, batch: 0, last_batch_head: 0 };
-        let fresh = this.region.load::<u16>(8) != VERSION || this.region.load::<u16>(10) != size;
+        let fresh = !this.region.is_made_for(size);
         if fresh {
             for head in 0..size {
                 this.region.store(this.state(head), 0u8);
@@ -306,7 +311,7 @@ impl PackedInflight {
     ) -> (Self, Option<(Position, u16)>, Vec<PackedAgain>) {
         let shown = ring.used_position();
         let mut this = Self { region, size, counter: 0, free_head: 0, shown, batch: Vec::new() };
-        if this.region.load::<u16>(8) != VERSION || this.region.load::<u16>(10) != size {
+        if !this.region.is_made_for(size) {
             this.initialise();
             return (this, None, Vec::new());
         }

@@ -102,6 +102,12 @@ pub(super) struct PackedRing {
     _memory: Arc<GuestMemory>,
 }
 
+/// Whether both positions of the vring base `base` are within a ring of `size`.
+pub(super) fn base_fits(base: u32, size: u16) -> bool {
+    let within = |half: u32| u16::try_from(half & 0x7fff).is_ok_and(|index| index < size);
+    within(base) && within(base >> 16)
+}
+
 /// Bytes of descriptor ring and of each event suppression structure.
 pub(super) fn area_sizes(size: u16) -> (usize, usize, usize) {
     (16 * usize::from(size), 4, 4)
@@ -119,6 +125,7 @@ impl PackedRing {
     ) -> Self {
         let [desc, driver_event, device_event] = areas;
         let (avail, used) = Self::positions(base, desc);
+        let (avail, used) = (Self::clamp(avail, size), Self::clamp(used, size));
         Self {
             desc,
             driver_event,

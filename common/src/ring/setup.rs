@@ -68,6 +68,14 @@ pub enum SetupError {
         /// The front end's address.
         addr: u64,
     },
+    /// SET_VRING_BASE's value is past the end of a packed ring, and no inflight record knows better.
+    #[error("the base {base:#x} is not within a packed ring of {size} entries")]
+    Base {
+        /// What the front end gave.
+        base: u32,
+        /// Ring entries.
+        size: u16,
+    },
 }
 
 fn area(
@@ -180,6 +188,10 @@ impl QueueSetup {
             area(view, "driver event area", self.addresses.available, driver, 4)?,
             area(view, "device event area", self.addresses.used, device, 4)?,
         ];
+        let is_recorded = self.inflight.as_ref().is_some_and(|r| r.is_made_for(self.size));
+        if !is_recorded && !packed::base_fits(self.base, self.size) {
+            return Err(SetupError::Base { base: self.base, size: self.size });
+        }
         let mut ring =
             PackedRing::new(areas, self.size, self.base, self.flags(), self.memory.load());
         let Some(region) = self.inflight.clone() else {

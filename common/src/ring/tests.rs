@@ -14,7 +14,7 @@ use vm_memory::MmapRegion;
 
 use super::fault::{count_stores, live_for};
 use super::inflight::region_size;
-use super::{Call, Chain, InflightRegion, Queue, QueueSetup, VringAddresses};
+use super::{Call, Chain, InflightRegion, Queue, QueueSetup, SetupError, VringAddresses};
 use crate::vhost_user::memory::{GuestMemory, Region, RegionInfo, SharedMemory};
 
 /// Ring entries: few, so that rings fill up and wrap.
@@ -70,6 +70,10 @@ impl World {
 
     /// Starts a queue where a front end that knows nothing but `base` would.
     fn start(&self, base: u32) -> Queue {
+        self.setup(base).start().unwrap()
+    }
+
+    fn setup(&self, base: u32) -> QueueSetup {
         let a = self.driver.addresses();
         QueueSetup {
             index: 0,
@@ -88,8 +92,6 @@ impl World {
             memory: self.memory.clone(),
             metrics: Arc::default(),
         }
-        .start()
-        .unwrap()
     }
 
     /// Adds a chain of one to three buffers, sometimes in an indirect table; false: no room.
@@ -462,6 +464,28 @@ fn a_held_signal_goes_to_drivers_that_still_want_it() {
                     assert_eq!(signals_after(&mut world, &mut queue, polls), 0);
                 }
             }
+        }
+    }
+}
+
+/// What a front end says of a packed ring's base may be past its end: it starts only where a record knows
+/// better.
+#[test]
+fn a_packed_base_past_the_ring_is_refused() {
+    let features = RingFormat::Packed.features();
+    let past = [SIZE, SIZE + 1, 0x7fff];
+    for bad in past.into_iter().flat_map(|index| [u32::from(index), u32::from(index) | 0x8000]) {
+        for base in [bad, bad << 16 | 0x8000, bad << 16 | bad, bad << 16 | 1] {
+            let mut world = World::new(features);
+            let unrecorded = QueueSetup { inflight: None, ..world.setup(base) };
+            let refused = SetupError::Base { base, size: SIZE };
+            assert_eq!(unrecorded.start().unwrap_err(), refused, "{base:#x}");
+            // A record in which nothing has been recorded yet knows nothing either.
+            assert_eq!(world.setup(base).start().unwrap_err(), refused, "{base:#x}");
+            let mut queue = world.start(0x8000_8000);
+            live(&mut world, &mut queue, &mut Dice(7), 20);
+            drop(queue);
+            recover(&mut world, base);
         }
     }
 }

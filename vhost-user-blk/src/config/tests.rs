@@ -91,7 +91,25 @@ fn a_configuration_file() {
 
     std::fs::write(&path, "[[disk]]\npath = \"/a\"\ncolour = 1\n").unwrap();
     let error = all(&format!("--config {}", path.display())).unwrap_err();
-    assert!(error.contains("colour") && error.contains("blk.toml"), "{error}");
+    assert!(error.contains("blk.toml:3:1: unknown field `colour`"), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+
+    std::fs::write(&path, "[[disk]]\npath = \"/a\"\niops = true\n").unwrap();
+    let error = all(&format!("--config {}", path.display())).unwrap_err();
+    assert!(error.contains("blk.toml:3:8: a limit is a whole number"), "{error}");
+}
+
+#[test]
+fn a_name_is_one_that_a_thread_can_have() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("blk.toml");
+    for name in ["", "a\\u0000b", "a\\nb", "x".repeat(65).as_str()] {
+        let text = format!("[[disk]]\nnull = 512\nsocket = \"/1\"\nname = \"{name}\"\n");
+        std::fs::write(&path, text).unwrap();
+        let error = all(&format!("--config {}", path.display())).unwrap_err();
+        assert!(error.contains("give 1 to 64 others"), "{name}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
 }
 
 #[test]
@@ -120,7 +138,8 @@ fn mistakes_are_one_clear_sentence() {
         ("--blk-file /a --direct --buffered --socket-path /s", "cannot be used with"),
         ("--blk-file /a,iops=0 --socket-path /s", "bad value of iops"),
         ("--blk-file , --socket-path /s", "no disk is given"),
-        ("--config /nowhere/x.toml", "cannot read /nowhere/x.toml"),
+        ("--config /nowhere/x.toml", "cannot read the configuration /nowhere/x.toml: No such file"),
+        ("--config /dev/zero", "larger than 1 MiB"),
     ] {
         let error = all(line).unwrap_err();
         assert!(error.contains(expected), "{line}: {error}");

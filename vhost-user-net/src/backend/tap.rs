@@ -8,7 +8,7 @@
 //! guest (TUNSETOFFLOAD) follows what the driver negotiated and its control commands.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -116,7 +116,16 @@ impl TapBackend {
             }
         }
         let name = name.context("no tap descriptor was given")?;
-        let interfaces = Interfaces::new().context("cannot make a socket")?;
+        let interfaces = match queues.first().map(|fd| sys::tap_network_namespace(fd.as_fd())) {
+            // Whoever made the tap may live elsewhere, and an interface of ours have the same name.
+            Some(Ok(namespace)) => {
+                let path = PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd()));
+                sys::in_network_namespace(&path, || Ok(Interfaces::new()?))
+                    .context("cannot reach the settings of the tap descriptor given")?
+            }
+            // Without privileges: as far as it goes.
+            _ => Interfaces::new().context("cannot make a socket")?,
+        };
         Self::set_up(name, queues, interfaces)
     }
 

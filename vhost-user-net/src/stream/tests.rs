@@ -45,6 +45,23 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
 }
 
 #[test]
+fn a_frame_in_too_many_pieces_is_refused_and_the_connection_stays() {
+    let (mut stream, mut peer) = pair();
+    let mut whole = [frame(60, 1), frame(60, 2)];
+    let mut pieces = frame(1012, 3);
+    let [first, last] = &mut whole;
+    let frames = [memory(first, 72), memory(&mut pieces, 1), memory(last, 72)];
+    // SAFETY: the frames outlive the call.
+    let results = unsafe { stream.transfer(Transfer::Write, &frames) }.to_vec();
+    assert_eq!(results, [72, -libc::EMSGSIZE, 72]);
+    assert!(stream.take_error().is_none());
+    let mut wire = vec![0; 2 * (4 + 60)];
+    peer.read_exact(&mut wire).unwrap();
+    assert_eq!(wire[4..64], whole[0][12..]);
+    assert_eq!(wire[68..], whole[1][12..]);
+}
+
+#[test]
 fn frames_travel_behind_their_length_and_without_header() {
     let (mut stream, mut peer) = pair();
     let mut frames = vec![frame(60, 1), frame(1514, 2)];

@@ -37,6 +37,16 @@ pub(crate) fn statx(
     Ok(unsafe { out.assume_init() })
 }
 
+/// `fstat(2)`, also of an O_PATH fd: what GETATTR needs and no more. The C library's goes by `fstatat(2)`.
+#[inline]
+pub(crate) fn fstat(fd: BorrowedFd<'_>) -> io::Result<libc::stat64> {
+    let mut out = MaybeUninit::<libc::stat64>::zeroed();
+    // SAFETY: `out` is as large as the kernel's structure, which on 64-bit machines is the C library's too.
+    check(unsafe { libc::syscall(libc::SYS_fstat, fd.as_raw_fd(), out.as_mut_ptr()) })?;
+    // SAFETY: zeroed first, then filled.
+    Ok(unsafe { out.assume_init() })
+}
+
 /// The most bytes of a file handle that the kernel has (MAX_HANDLE_SZ).
 pub(crate) const MAX_HANDLE_BYTES: usize = 128;
 

@@ -18,6 +18,7 @@ use crate::device::Device;
 use crate::ring::InflightRegion;
 use crate::ring::inflight::region_size;
 use crate::sys::EventFd;
+use crate::warn_limited;
 
 /// The inflight file that the front end keeps for us.
 #[derive(Debug)]
@@ -173,7 +174,7 @@ impl Session {
         match transfer.thread.join() {
             Ok(Ok(())) => Ok(Reply::Number(0)),
             Ok(Err(error)) => {
-                tracing::error!(error = format!("{error:#}"), "the device state did not make it");
+                warn_limited!(error = format!("{error:#}"), "the device state did not make it");
                 Ok(Reply::Number(1))
             }
             Err(_panic) => Ok(Reply::Number(1)),

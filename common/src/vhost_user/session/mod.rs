@@ -44,6 +44,7 @@ use crate::cli::{SocketArgs, WorkerArgs};
 use crate::device::Device;
 use crate::metrics::QueueMetrics;
 use crate::sys::EventFd;
+use crate::warn_limited;
 use crate::worker::{WorkerOptions, WorkerPool};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
@@ -245,7 +246,7 @@ impl Session {
         let request = match wire::parse(header.request, &body, fds.len()) {
             Ok(request) => request,
             Err(error) => {
-                tracing::warn!(%error, "a request was refused");
+                warn_limited!(%error, "a request was refused");
                 return self.answer_failure(&header);
             }
         };
@@ -253,7 +254,7 @@ impl Session {
         match self.carry_out(request, fds) {
             Ok(reply) => self.answer(&header, reply),
             Err(error) => {
-                tracing::warn!(request = header.request, %error, "a request was refused");
+                warn_limited!(request = header.request, %error, "a request was refused");
                 self.answer_failure(&header)
             }
         }

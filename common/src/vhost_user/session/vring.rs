@@ -8,8 +8,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use zerocopy::IntoBytes;
 
 use super::{F_PROTOCOL_FEATURES, Reply, RequestError, Session, VringState};
-use crate::ring::{Call, InflightRegion, QueueSetup, VringAddresses};
+use crate::ring::{Call, InflightRegion, QueueSetup, SetupError, VringAddresses};
 use crate::sys::EventFd;
+use crate::warn_limited;
 use crate::worker::Command;
 
 /// What a vring waits on.
@@ -274,9 +275,13 @@ impl Session {
         };
         let queue = match setup.start() {
             Ok(queue) => queue,
-            Err(error) => {
+            Err(error @ SetupError::Area { .. }) => {
                 // The memory may still come; said once more at each try, so only for those who look.
                 tracing::debug!(index, %error, "a vring is not ready");
+                return;
+            }
+            Err(error) => {
+                warn_limited!(index, %error, "a vring cannot start");
                 return;
             }
         };
