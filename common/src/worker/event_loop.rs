@@ -160,9 +160,15 @@ impl Context {
     /// Has [`QueueHandler::on_kick`] called for queue `index` before the loop sleeps, as if the driver
     /// had kicked it. A queue that is not running is not asked.
     pub fn ask(&mut self, index: u16) {
-        if !self.again.contains(&index) {
+        if !self.is_asked(index) {
             self.again.push(index);
         }
+    }
+
+    /// Whether queue `index` gets a turn before the loop sleeps, because of [`Self::ask`] or a kick.
+    #[must_use]
+    pub fn is_asked(&self, index: u16) -> bool {
+        self.again.contains(&index)
     }
 }
 
