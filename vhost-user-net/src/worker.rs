@@ -27,6 +27,7 @@ use std::time::Instant;
 
 use epoll::Events;
 use outboard_common::ring::{Chain, Queue};
+use outboard_common::warn_limited;
 use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
@@ -376,7 +377,7 @@ fn obey(shared: &Shared, command: &Command) -> bool {
         }
         Command::MacAddr(mac) => {
             if let Err(error) = shared.backend.set_mac(*mac) {
-                tracing::warn!(device = %shared.name, %mac, %error, "the back end refuses this address");
+                warn_limited!(device = %shared.name, %mac, %error, "the back end refuses this address");
                 return false;
             }
             shared.change_config(|config| {
