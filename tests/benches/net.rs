@@ -3,13 +3,14 @@
 //! | part | what it is |
 //! |---|---|
 //! | guest | a User Mode Linux guest's TCP with iperf3, and its pings; ours on a tap, passt as it is |
+//! | polling | the same TCP with an end of ours that never sleeps in the guest's place, so that no signals of a hypervisor are in it |
 //! | frames | 60-byte and 1514-byte frames between the testkit's driver and a tap, one way and both at once |
 //! | round trip | an ARP request of the testkit's driver, answered by the kernel behind the tap |
 //! | switch | frames between two ports of the switch, driven by DPDK's testpmd |
 //! | idle | CPU time in a second with a guest attached that does nothing; private memory; time to ready |
 //!
 //! Daemon and client are pinned to a CPU each. Rates are of useful work per second of the daemon's CPU
-//! time. `ceiling` is a bare loop on a tap in our place (`net/ceiling.rs`). `./x bench net` runs all;
+//! time. `ceiling` is a bare loop on a tap in our place (`net/ceiling.rs`, `net/tcp.rs`). `./x bench net` runs all;
 //! `OUTBOARD_BENCH_PART` names one part, and words after `--` choose the guest's and the frames' rows that
 //! have all of them.
 
@@ -19,6 +20,8 @@
 
 #[path = "net/ceiling.rs"]
 mod ceiling;
+#[path = "net/tcp.rs"]
+mod tcp;
 
 use std::fs;
 use std::io::Read;
@@ -29,6 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use self::tcp::Carrier;
 use testkit::daemon::{self, Daemon};
 use testkit::driver::{Buffer, GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, FrontEnd};
@@ -80,6 +84,7 @@ struct GuestFigures {
     per_cpu: Vec<f64>,
     p50_us: Vec<f64>,
     p99_us: Vec<f64>,
+    events: Vec<Events>,
 }
 
 /// CPU time of all threads of `daemon`, in seconds.
@@ -102,6 +107,7 @@ fn pin(cpu: usize) {
 fn ours(root: &ToolRoot, namespace: &NetNs, socket: &Path) -> Daemon {
     let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
     command.arg("--socket-path").arg(socket).args(["--tap", "tap0", "--mtu", "65520"]);
+    command.arg("--metrics-socket").arg(socket.with_extension("metrics"));
     namespace.enter(&mut command);
     pin(1);
     let daemon = Daemon::start_command("vhost-user-net", command, socket).unwrap();
@@ -157,9 +163,17 @@ fn guest_run(
         .set("SERVER", "10.9.0.1");
     let mut guest = UmlGuest::new(root).device(&socket, VirtioId::Net).start(&job).unwrap();
     guest.wait_for("start", TIMEOUT).unwrap();
+    let before_events = match which {
+        Which::Ours => Events::of(&daemon, &socket),
+        Which::Passt => Events::default(),
+    };
     let before = cpu_seconds(&daemon);
     guest.wait_for("result mbit", TIMEOUT).unwrap();
     let cpu = cpu_seconds(&daemon) - before;
+    if which == Which::Ours {
+        let events = Events::of(&daemon, &socket).since(&before_events);
+        to.events.push(events);
+    }
     let result = guest.wait(TIMEOUT).unwrap();
     result.expect_success();
     let value = |name: &str| result.value(name).and_then(|v| v.parse::<f64>().ok());
@@ -168,6 +182,48 @@ fn guest_run(
     to.per_cpu.push(gbit * SECONDS / cpu.max(0.001));
     to.p50_us.extend(value("p50").map(|ms| ms * 1000.0));
     to.p99_us.extend(value("p99").map(|ms| ms * 1000.0));
+}
+
+/// What happened to our daemon so often since its start.
+#[derive(Debug, Default, Clone, Copy)]
+struct Events {
+    /// Times that it went to sleep.
+    sleeps: f64,
+    /// Kicks by the guest, signals to it, both directions.
+    kicks: f64,
+    signals: f64,
+    /// Frames out of the guest, into it.
+    frames: [f64; 2],
+}
+
+impl Events {
+    fn of(daemon: &Daemon, socket: &Path) -> Self {
+        let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+        let texts =
+            tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+        let sleeps = texts.map(|text| sum_of(&text, "\nvoluntary_ctxt_switches")).sum();
+        let mut text = String::new();
+        let mut metrics = UnixStream::connect(socket.with_extension("metrics")).unwrap();
+        metrics.read_to_string(&mut text).unwrap();
+        let count = |name: &str| sum_of(&text, &format!("\noutboard_{name}_total"));
+        let frames = [count("net_tx_frames"), count("net_rx_frames")];
+        Self { sleeps, kicks: count("queue_kicks"), signals: count("queue_signals"), frames }
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Self {
+            sleeps: self.sleeps - before.sleeps,
+            kicks: self.kicks - before.kicks,
+            signals: self.signals - before.signals,
+            frames: [0, 1].map(|at| self.frames[at] - before.frames[at]),
+        }
+    }
+}
+
+/// The sum of the numbers that end the lines which begin with `name`, itself a newline first.
+fn sum_of(text: &str, name: &str) -> f64 {
+    let lines = text.split(name).skip(1).map(|rest| rest.lines().next().unwrap_or_default());
+    lines.filter_map(|line| line.split_whitespace().next_back()?.parse::<f64>().ok()).sum()
 }
 
 /// Whether the row with this label is wanted.
@@ -202,7 +258,7 @@ fn guest_row(root: &'static ToolRoot, mtu: u32, direction: &str, option: &str) {
     let mut ceiling = Vec::new();
     let text = mtu.to_string();
     for _ in 0..ROUNDS {
-        ceiling.push(ceiling::tcp(root, mtu, option == "-R"));
+        ceiling.push(tcp::tcp(root, Carrier::BareShared, mtu, option == "-R"));
         guest_run(root, Which::Ours, &text, option, &mut figures[0]);
         guest_run(root, Which::Passt, &text, option, &mut figures[1]);
     }
@@ -218,6 +274,50 @@ fn guest_row(root: &'static ToolRoot, mtu: u32, direction: &str, option: &str) {
     let (most, ours) = (median(&ceiling), median(&figures[0].per_cpu));
     let share = 100.0 * ours / most;
     println!("{mtu:<6} {direction:14} ceiling          {most:14.1}   ours is {share:.0} %");
+    let each = |of: fn(&Events) -> f64| {
+        let values: Vec<f64> = figures[0].events.iter().map(|e| of(e) / SECONDS).collect();
+        median(&values)
+    };
+    println!(
+        "       ours, a second: {:.0} frames out, {:.0} in, {:.0} kicks, {:.0} signals, {:.0} sleeps",
+        each(|e| e.frames[0]),
+        each(|e| e.frames[1]),
+        each(|e| e.kicks),
+        each(|e| e.signals),
+        each(|e| e.sleeps)
+    );
+}
+
+/// TCP with this machine's kernel by a guest that polls, so that no signal of a hypervisor is in the figures.
+fn polling(root: &ToolRoot) {
+    println!(
+        "polling: TCP with the testkit's driver, no interrupts; Gbit/CPU s, medians of {ROUNDS}"
+    );
+    println!(
+        "{:6} {:14} {:>8} {:>8} {:>22} {:>22}",
+        "MTU", "direction", "split", "packed", "bare, other's memory", "bare, its own"
+    );
+    for mtu in [1500, 65520] {
+        for (direction, to_guest) in [("guest to host", false), ("host to guest", true)] {
+            if !is_wanted(&format!("{mtu} {direction}")) {
+                continue;
+            }
+            let carriers = [
+                Carrier::Ours(RingFormat::Split),
+                Carrier::Ours(RingFormat::Packed),
+                Carrier::BareShared,
+                Carrier::Bare,
+            ];
+            let mut rates: [Vec<f64>; 4] = Default::default();
+            for _ in 0..ROUNDS {
+                for (carrier, rates) in carriers.iter().zip(&mut rates) {
+                    rates.push(tcp::tcp(root, *carrier, mtu, to_guest));
+                }
+            }
+            let [split, packed, shared, own] = rates.map(|rates| median(&rates));
+            println!("{mtu:<6} {direction:14} {split:8.1} {packed:8.1} {shared:22.1} {own:22.1}");
+        }
+    }
 }
 
 /// The testkit's driver on ours: a generator and a sink of frames.
@@ -539,6 +639,9 @@ fn main() {
     }
     if runs("switch") {
         switch();
+    }
+    if runs("polling") {
+        polling(root);
     }
     if runs("guest") {
         guest(root);

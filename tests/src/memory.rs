@@ -166,6 +166,15 @@ impl GuestRam {
         Ok(Area { base, len, addr, _ram: self.clone() })
     }
 
+    /// Where the `len` bytes at guest address `addr` are in this process, to be lent to the kernel.
+    ///
+    /// # Panics
+    /// Not inside one region: a mistake in the test.
+    #[must_use]
+    pub fn pointer(&self, addr: u64, len: usize) -> *mut u8 {
+        self.host(addr, len).expect("guest address")
+    }
+
     fn host(&self, addr: u64, len: usize) -> Result<*mut u8> {
         for r in &self.regions {
             let Some(offset) = addr.checked_sub(r.info.guest_addr) else { continue };
