@@ -81,7 +81,7 @@ pub struct LogArgs {
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: Level,
 
-    /// Log to the system log (/dev/log) instead of stderr
+    /// Log to the system log (/dev/log) instead of stderr, if there is one
     #[arg(long)]
     pub syslog: bool,
 }

@@ -70,10 +70,11 @@ pub enum LogError {
     Twice,
 }
 
-/// Starts logging for the whole process. `program` names it in the system log.
+/// Starts logging for the whole process. `program` names it in the system log. Where there is no system
+/// log, in a container perhaps, stderr takes its place, and its first line says so.
 ///
 /// # Errors
-/// [`LogError`] when the system log was asked for and cannot be reached, or on a second call.
+/// [`LogError::Twice`] on a second call.
 pub fn init(arguments: &LogArgs, program: &'static str) -> Result<(), LogError> {
     // Internal errors are not logged: the subscriber reports them with `eprintln!`, which panics
     // when stderr is a closed pipe.
@@ -81,15 +82,23 @@ pub fn init(arguments: &LogArgs, program: &'static str) -> Result<(), LogError> 
         .compact()
         .with_max_level(LevelFilter::from(arguments.log_level))
         .log_internal_errors(false);
-    let installed = if arguments.syslog {
-        let syslog = Syslog::connect(program)?;
+    let syslog = arguments.syslog.then(|| Syslog::connect(program)).transpose();
+    let (syslog, missing) = match syslog {
+        Ok(syslog) => (syslog, None),
+        Err(error) => (None, Some(anyhow::Error::from(error))),
+    };
+    let installed = if let Some(syslog) = syslog {
         let builder = builder.without_time().with_level(false).with_ansi(false);
         tracing::subscriber::set_global_default(builder.with_writer(syslog).finish())
     } else {
         let builder = builder.with_ansi(io::stderr().is_terminal());
         tracing::subscriber::set_global_default(builder.with_writer(io::stderr).finish())
     };
-    installed.map_err(|_already_set| LogError::Twice)
+    installed.map_err(|_already_set| LogError::Twice)?;
+    if let Some(error) = missing {
+        tracing::warn!("{error:#}; logging to stderr");
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ pub enum TransportError {
     #[error("{0} exists and is not a socket; remove it or choose another path")]
     NotASocket(PathBuf),
     /// The directory is missing or not writable, or the like.
-    #[error("cannot listen on {path}: {source}")]
+    #[error("cannot listen on {path}")]
     Bind {
         /// The path.
         path: PathBuf,
@@ -41,7 +41,7 @@ pub enum TransportError {
         source: io::Error,
     },
     /// The descriptor number of `--fd` is not open, or not a stream socket.
-    #[error("file descriptor {fd} is not a Unix stream socket: {source}")]
+    #[error("file descriptor {fd} is not a Unix stream socket")]
     BadFd {
         /// Its number.
         fd: RawFd,

@@ -124,6 +124,27 @@ fn kata_starts_it_with_a_listening_descriptor() {
     child.wait().unwrap();
 }
 
+#[test]
+fn without_a_system_log_it_serves_and_logs_to_stderr() {
+    if !rustix::process::geteuid().is_root() {
+        return testkit::skip::skip("a /dev of its own needs root");
+    }
+    let (dir, shared) = shared_dir();
+    let socket = dir.path().join("s");
+    let program = bin("virtiofsd").unwrap();
+    let line = format!(
+        "mount -t tmpfs none /dev && exec {} --syslog --shared-dir={} --socket-path={}",
+        program.display(),
+        shared.display(),
+        socket.display(),
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "bash", "-c", &line]);
+    let daemon = Daemon::start_command("virtiofsd", command, &socket).unwrap();
+    served_at(daemon.socket());
+    assert!(daemon.log().contains("cannot reach the system log at /dev/log"));
+}
+
 /// The line of Kata's Rust runtime, which reads the error output, and libvirt's, old and new.
 #[test]
 fn kata_and_libvirt_start_it_as_they_are_used_to() {
@@ -477,6 +498,19 @@ fn mistakes_end_with_one_line_and_code_one() {
         (&["-o", "bogus"], "bogus"),
         (&["--shared-dir=/tmp", "--socket-path=/tmp/never", "--xattrmap=junk"], "xattrmap"),
         (&["--shared-dir=/tmp", "--socket-path=/tmp/never", "--translate-uid=x"], "translate-uid"),
+        (
+            &[
+                "--shared-dir=/tmp",
+                "--socket-path=/tmp/never",
+                "--migration-mode=file-handles",
+                "--migration-confirm-paths",
+            ],
+            "--migration-confirm-paths",
+        ),
+        (
+            &["--shared-dir=/tmp", "--socket-path=/nowhere/never"],
+            "error: cannot listen on /nowhere/never: No such file or directory (os error 2)\n",
+        ),
     ] {
         let output = Command::new(bin("virtiofsd").unwrap()).args(arguments).output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr).into_owned();

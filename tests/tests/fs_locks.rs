@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -175,6 +176,54 @@ fn waits_end_when_interrupted_and_when_the_queue_stops() {
             }
             assert!(guest.daemon.is_running());
         }
+    }
+}
+
+/// A lock for reading needs no more than reading.
+#[test]
+fn a_running_program_can_be_locked_and_a_locked_one_of_a_read_only_share_be_run() {
+    let dir = shared_file();
+    let program = dir.path().join("shared/file");
+    testkit::daemon::copy_program(Path::new("/bin/sleep"), &program, None).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    for argument in ["--readonly", "--cache=auto"] {
+        let shared = format!("--shared-dir={}", dir.path().join("shared").display());
+        let socket = dir.path().join(argument);
+        let arguments = [shared.as_str(), "--posix-lock", argument];
+        let daemon = Daemon::start("virtiofsd", &socket, &arguments).unwrap();
+        let mut client = FsClient::start(daemon.socket(), 1, 1).unwrap();
+        let inode = client.lookup(1, "file").unwrap();
+        let handle = client.open(inode, libc::O_RDONLY).unwrap();
+        let mut guest = Guest { client, inode, handle, daemon };
+        let run = || std::process::Command::new(&program).arg("20").spawn();
+        let mut running = (argument != "--readonly").then(|| run().unwrap());
+        assert_eq!(guest.set(1, READ_LOCK, 0), 0, "{argument}");
+        let child = running.get_or_insert_with(|| run().unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+/// The VMM waits for its queue to stop, whatever numbers the guest gave its requests.
+#[test]
+fn waits_of_the_same_number_all_end_when_the_queue_stops() {
+    let dir = shared_file();
+    let mut other = Guest::new(dir.path(), "other", 1, &[]);
+    assert_eq!(other.set(1, WRITE_LOCK, 0), 0);
+    let mut guest = Guest::new(dir.path(), "s", 10, &[]);
+    for slot in 1..6 {
+        if slot > 1 {
+            guest.client.repeat_number();
+        }
+        guest.wait_for(slot, 10 + slot as u64, WRITE_LOCK, 0);
+    }
+    let end = Instant::now() + PATIENCE;
+    while guest.lock_threads() < 5 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    guest.client.front_end.get_vring_base(1).unwrap();
+    for _ in 1..6 {
+        assert_eq!(guest.answer().1, libc::EINTR);
     }
 }
 

@@ -10,10 +10,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, XattrFlags};
-use testkit::daemon::Daemon;
+use testkit::daemon::{Daemon, bin};
 use testkit::driver::fs::{FsClient, Message, op};
 use testkit::frontend::FrontEnd;
 use testkit::fuse_bridge::BridgeOptions;
@@ -76,7 +77,7 @@ fn what_is_agreed_on_follows_the_options() {
     assert_eq!(plain & READDIRPLUS, READDIRPLUS);
     assert_ne!(plain & init::SUBMOUNTS, 0);
     assert_eq!(plain & init::ATOMIC_O_TRUNC, 0);
-    let cases: [(&[&str], u64); 18] = [
+    let cases: [(&[&str], u64); 19] = [
         (&["--no-readdirplus"], READDIRPLUS),
         (&["-o", "no_readdirplus"], READDIRPLUS),
         (&["--writeback"], init::WRITEBACK_CACHE),
@@ -93,7 +94,8 @@ fn what_is_agreed_on_follows_the_options() {
         (&["--posix-lock"], init::POSIX_LOCKS),
         (&["--flock"], init::FLOCK_LOCKS),
         (&["-o", "posix_lock,flock,no_flock"], init::POSIX_LOCKS),
-        (&["--cache=never"], init::CACHE_SYMLINKS),
+        (&["--cache=never"], init::CACHE_SYMLINKS | READDIRPLUS),
+        (&["--cache=never", "--timeout=1"], init::CACHE_SYMLINKS),
         (&["--cache=metadata"], 0),
     ];
     for (arguments, change) in cases {
@@ -220,6 +222,59 @@ fn the_sockets_group_may_connect() {
     let world = World::new(&["--socket-group=4321"]);
     let meta = fs::metadata(world.daemon.socket()).unwrap();
     assert_eq!((meta.gid(), meta.permissions().mode() & 0o777), (4321, 0o660));
+}
+
+/// Whatever umask the daemon is started with.
+#[test]
+fn nobody_else_may_connect() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let mut command = Command::new("bash");
+    command.arg("-c").arg(format!(
+        "umask 0; exec {} --sandbox=none --shared-dir={} --socket-path={}",
+        bin("virtiofsd").unwrap().display(),
+        dir.path().display(),
+        socket.display(),
+    ));
+    let daemon = Daemon::start_command("virtiofsd", command, &socket).unwrap();
+    let mode = fs::metadata(daemon.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o077, 0, "{mode:o}");
+}
+
+/// A guest that opens all the files it can leaves room for what others want of the share.
+#[test]
+fn a_guest_with_many_open_files_does_not_lock_the_others_out() {
+    let arguments = ["--rlimit-nofile=200", "--timeout=0"];
+    let Some(mounted) = Mounted::new(&arguments, BridgeOptions::default()) else { return };
+    for i in 0..40 {
+        fs::write(mounted.shared(&format!("old{i}")), "x").unwrap();
+    }
+    let mut open = Vec::new();
+    let error = loop {
+        match fs::File::create(mounted.path(&format!("new{}", open.len()))) {
+            Ok(file) => open.push(file),
+            Err(error) => break error,
+        }
+        assert!(open.len() < 200, "more files than descriptors");
+    };
+    assert_eq!(error.raw_os_error(), Some(libc::ENFILE));
+    assert!(open.len() >= 75, "{} files", open.len());
+    // What could not be opened was not made.
+    assert!(!mounted.shared(&format!("new{}", open.len())).exists());
+    for i in 0..40 {
+        let path = mounted.path(&format!("old{i}"));
+        assert_eq!(fs::metadata(&path).unwrap().len(), 1);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+        // SAFETY: the name ends in NUL. (Opening the file first would need a descriptor.)
+        assert_eq!(unsafe { libc::truncate(name.as_ptr(), 3) }, 0);
+        fs::rename(&path, mounted.path(&format!("moved{i}"))).unwrap();
+    }
+    (&open[0]).write_all(b"still written").unwrap();
+    drop(open);
+    assert_eq!(fs::read(mounted.path("new0")).unwrap(), b"still written");
+    let listed = fs::read_dir(mounted.mountpoint()).unwrap().count();
+    assert_eq!(listed, fs::read_dir(mounted.shared("")).unwrap().count());
 }
 
 #[test]

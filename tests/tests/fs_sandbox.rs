@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use testkit::daemon::bin;
+use testkit::daemon::{Daemon, bin, copy_program};
 use testkit::fuse_bridge::BridgeOptions;
 use testkit::mounted::Mounted;
 use testkit::skip::skip;
@@ -96,6 +96,25 @@ fn each_sandbox_confines_as_it_says_and_serves() {
         assert_eq!(effective, u64::from_str_radix(&status(pid, "CapPrm"), 16).unwrap());
         assert_eq!(status(pid, "NoNewPrivs"), "1");
         assert_eq!(status(pid, "Seccomp"), "2", "a filter");
+    }
+}
+
+/// Whoever the daemon acts as would be in them too.
+#[test]
+fn groups_of_the_daemon_are_nobody_elses() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("needs root, to be in other groups");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for sandbox in ["namespace", "chroot", "none"] {
+        let socket = dir.path().join(sandbox);
+        let mut command = Command::new("setpriv");
+        command.arg("--groups=4,24,27").arg(bin("virtiofsd").unwrap());
+        command.arg(format!("--sandbox={sandbox}"));
+        command.arg(format!("--socket-path={}", socket.display()));
+        command.arg(format!("--shared-dir={}", dir.path().display()));
+        let daemon = Daemon::start_command("virtiofsd", command, &socket).unwrap();
+        assert_eq!(status(daemon.serving_pid(), "Groups"), "", "{sandbox}");
     }
 }
 
@@ -191,14 +210,22 @@ fn a_user_without_privileges_shares_a_directory_of_theirs() {
     if !user_namespaces() {
         return;
     }
-    for (sandbox, seen) in [("--sandbox=namespace", 0), ("--sandbox=none", USER)] {
-        let arguments = [sandbox, "--xattr"];
+    let as_root: &[&str] = &["--uid-map=:0:12345:1:", "--gid-map=:0:12345:1:"];
+    for (sandbox, maps, seen) in [
+        ("--sandbox=namespace", &[][..], USER),
+        ("--sandbox=namespace", as_root, 0),
+        ("--sandbox=none", &[], USER),
+    ] {
+        let arguments = [&[sandbox, "--xattr"], maps].concat();
         let options = BridgeOptions::default();
         let Some(mut mounted) = Mounted::new_as(Some(USER), &arguments, options) else { return };
         expect_service(&mounted);
         // What the guest's root makes is the user's.
         assert_eq!(owner(&mounted.shared("hard")), (USER, USER), "{sandbox}");
         assert_eq!(owner(&mounted.path("hard")), (seen, seen), "{sandbox}");
+        // The guest's user of that number is served too.
+        assert!(touch(&mounted.path("of-theirs"), seen), "{sandbox}");
+        assert_eq!(owner(&mounted.shared("of-theirs")), (USER, USER), "{sandbox}");
         // Others cannot be served: they get an error, and the daemon goes on.
         fs::set_permissions(mounted.shared(""), fs::Permissions::from_mode(0o777)).unwrap();
         assert!(!touch(&mounted.path("of-another"), USER + 1), "{sandbox}");
@@ -207,6 +234,7 @@ fn a_user_without_privileges_shares_a_directory_of_theirs() {
         fs::write(mounted.shared("secret"), "x").unwrap();
         fs::set_permissions(mounted.shared("secret"), fs::Permissions::from_mode(0o600)).unwrap();
         assert!(fs::read(mounted.path("secret")).is_err(), "{sandbox}");
+        assert!(mounted.daemon().log().contains("every inode that the guest knows stays open"));
         let pid = mounted.daemon().serving_pid();
         assert_eq!(status(pid, "Uid").split_whitespace().next(), Some(&*USER.to_string()));
         assert_eq!(status(pid, "Seccomp"), "2");
@@ -221,13 +249,16 @@ fn what_a_sandbox_cannot_do_is_told() {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let program = dir.path().join("virtiofsd");
-    fs::copy(bin("virtiofsd").unwrap(), &program).unwrap();
+    // Not with a descriptor of ours, which a test beside this one might inherit.
+    copy_program(&bin("virtiofsd").unwrap(), &program, None).unwrap();
     let shared = format!("--shared-dir={}", dir.path().display());
     let socket = format!("--socket-path={}", dir.path().join("s").display());
-    let cases: [(Option<u32>, &[&str], &str); 6] = [
+    let cases: [(Option<u32>, &[&str], &str); 8] = [
         (None, &["--sandbox=chroot", "--uid-map=:0:0:1:"], "--sandbox=namespace"),
         (None, &["--sandbox=none", "--gid-map=:0:0:1:"], "--sandbox=namespace"),
+        (None, &["--uid-map=:1000:100000:10:"], "nobody in this namespace"),
         (None, &["--translate-uid=map:0:1:1", "--posix-acl"], "ACLs"),
+        (None, &["--rlimit-nofile=20"], "raise --rlimit-nofile"),
         (Some(USER), &["--sandbox=chroot"], "root"),
         (Some(USER), &["--inode-file-handles=mandatory"], "CAP_DAC_READ_SEARCH"),
         (Some(USER), &["--uid-map=:0:100000:5:"], "newuidmap"),

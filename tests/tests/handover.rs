@@ -6,6 +6,7 @@
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use testkit::daemon::{Daemon, bin};
@@ -70,6 +71,17 @@ fn has_left(old: &mut Daemon) -> bool {
     !old.is_running()
 }
 
+/// A connection to the hand-over socket, which comes a moment after the one for front ends.
+fn visit(path: &Path) -> UnixStream {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Err(_) if start.elapsed() < LONG => std::thread::sleep(Duration::from_millis(1)),
+            other => return other.unwrap(),
+        }
+    }
+}
+
 /// Whoever connects and is no newer daemon ends nothing, and is in nobody's way for long.
 #[test]
 fn a_visitor_to_the_handover_socket_takes_nothing_over() {
@@ -79,9 +91,9 @@ fn a_visitor_to_the_handover_socket_takes_nothing_over() {
     let arguments = ["--null=1M".to_owned(), format!("--handover-socket={}", path.display())];
     let mut old = Daemon::start("vhost-user-blk", &socket, &arguments).unwrap();
     let front_end = FrontEnd::connect(&socket).unwrap();
-    drop(UnixStream::connect(&path).unwrap());
-    UnixStream::connect(&path).unwrap().write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
-    let _silent = UnixStream::connect(&path).unwrap();
+    drop(visit(&path));
+    visit(&path).write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let _silent = visit(&path);
     // The greeting's time, and more.
     std::thread::sleep(Duration::from_millis(1500));
     assert!(old.is_running(), "{}", old.log());

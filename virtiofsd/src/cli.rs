@@ -274,7 +274,8 @@ pub struct SharingArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Owners")]
 pub struct IdArgs {
-    /// Users of the sandbox's user namespace, like :0:100000:65536: (may be repeated)
+    /// Users of the sandbox's user namespace, like :0:100000:65536: (may be repeated) [default, without
+    /// privileges: the daemon's own user, as itself]
     #[arg(long, value_name = ":INSIDE:OUTSIDE:COUNT:", action = ArgAction::Append)]
     pub uid_map: Vec<IdMap>,
 

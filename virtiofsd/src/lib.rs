@@ -41,6 +41,7 @@ use outboard_common::metrics::Registry;
 use outboard_common::sandbox::rlimits;
 use outboard_common::transport::Transport;
 use outboard_common::vhost_user::session::SessionOptions;
+use rustix::fs::Mode;
 
 use crate::cli::{Arguments, Cache, InodeHandles, MigrationArgs, SharingArgs, When};
 use crate::control::FsControl;
@@ -100,14 +101,25 @@ fn config(arguments: &Arguments) -> anyhow::Result<Config> {
         flock: sharing.flock,
         dax: dax_options(arguments)?,
         timeout: sharing.timeout,
-        migration: migration(arguments.migration),
+        migration: migration(arguments.migration)?,
         ..Config::default()
     })
 }
 
 /// What the command line says of migration.
-fn migration(arguments: MigrationArgs) -> Migration {
-    Migration {
+fn migration(arguments: MigrationArgs) -> anyhow::Result<Migration> {
+    let by_handle = arguments.migration_mode == Some(cli::MigrationMode::FileHandles);
+    for (given, name) in [
+        (arguments.migration_verify_handles, "--migration-verify-handles"),
+        (arguments.migration_confirm_paths, "--migration-confirm-paths"),
+    ] {
+        anyhow::ensure!(
+            !(given && by_handle),
+            "{name} is about inodes that are found by their paths, which --migration-mode=file-handles does \
+             without; leave one of them out"
+        );
+    }
+    Ok(Migration {
         mode: match arguments.migration_mode {
             None | Some(cli::MigrationMode::FindPaths) => MigrationMode::FindPaths,
             Some(cli::MigrationMode::FileHandles) => MigrationMode::FileHandles,
@@ -118,7 +130,7 @@ fn migration(arguments: MigrationArgs) -> Migration {
         },
         verify_handles: arguments.migration_verify_handles,
         confirm_paths: arguments.migration_confirm_paths,
-    }
+    })
 }
 
 /// The first option of migration that was given.
@@ -179,7 +191,12 @@ fn open_socket(
     if let Some(transport) = taken.transport(name, path) {
         return Ok(transport);
     }
-    let transport = Transport::open(&choice)?;
+    // Whatever umask we were started with: nobody but this user, and the group that was named, connects.
+    let others = if group.is_some() { Mode::RWXO } else { Mode::RWXG | Mode::RWXO };
+    let umask = rustix::process::umask(others);
+    let transport = Transport::open(&choice);
+    rustix::process::umask(umask);
+    let transport = transport?;
     if let Some((gid, path)) = group {
         group::give(path, gid).with_context(|| format!("--socket-group: {}", path.display()))?;
     }
@@ -199,7 +216,7 @@ fn device_name(arguments: &Arguments, shared: &Path) -> String {
 /// # Errors
 /// The operator's mistakes, and what the system refuses.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let config = config(arguments)?;
+    let mut config = config(arguments)?;
     confinement::check(arguments)?;
     logging::init(&arguments.log, "virtiofsd")?;
     let shared = arguments.shared_dir.as_deref().context("--shared-dir is needed")?;
@@ -219,6 +236,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     )?;
 
     let entered = confinement::enter(arguments, shared)?;
+    config.share_fds(entered.open_files);
     let fs = PassthroughFs::new(config, entered.directory, entered.proc_self_fd)?;
     let registry = Arc::new(Registry::new("virtiofsd"));
     let device = FsDevice::new(

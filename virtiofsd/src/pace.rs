@@ -8,6 +8,10 @@
 //!
 //! A thread that was preempted may have waited for a CPU all that time. Then the next batches are each looked
 //! at by themselves, and one more that takes long and in which the thread gave its CPU up by itself is enough.
+//!
+//! To hand a request over and to take it back costs as much CPU time as a short wait for a fast disk. A worker
+//! that has nothing else to do may wait itself, as long as that ends soon and nobody came meanwhile: that too
+//! is learnt, and tried again now and then where it did not pay.
 
 use std::time::{Duration, Instant};
 
@@ -24,6 +28,13 @@ const WATCHED_BATCHES: u8 = 64;
 const FAST_REQUEST: Duration = Duration::from_micros(200);
 /// ...and after so many in a row they no longer do.
 const FAST_ROW: u8 = 16;
+/// A request that came while the worker waited was not held up for longer than this as a rule.
+const BRIEF: Duration = Duration::from_micros(500);
+/// Waits of the worker's own that went well are remembered up to this number, and that of those that did not
+/// is taken off.
+const MOST_CREDIT: u8 = 8;
+/// Without credit, one request in so many is waited for.
+const PROBE: u8 = 32;
 
 /// Whether storage is slow at present.
 #[derive(Debug, Default)]
@@ -31,6 +42,11 @@ pub(crate) struct Pace {
     slow: bool,
     /// Requests in a row that slow threads did fast.
     fast: u8,
+    /// The last request of a slow thread was brief.
+    brief: bool,
+    /// What the worker's own waits are worth, and requests that it let pass since it has none.
+    credit: u8,
+    passed: u8,
     /// Batches to come that are looked at each by itself, since one took long.
     watched: u8,
     /// When a batch begins, and what the thread had done a little before, at that time.
@@ -88,8 +104,26 @@ impl Pace {
 
     /// A slow thread took `time` for a request.
     pub(crate) fn after_slow_thread(&mut self, time: Duration) {
+        self.brief = time <= BRIEF;
         self.fast = if time <= FAST_REQUEST { self.fast.saturating_add(1) } else { 0 };
         self.slow &= self.fast < FAST_ROW;
+    }
+
+    /// Whether the worker, with nothing else to do, shall wait itself for the request that it has.
+    pub(crate) fn may_wait(&mut self) -> bool {
+        if self.slow || !self.brief {
+            return false;
+        }
+        self.passed = if self.credit > 0 { 0 } else { (self.passed + 1) % PROBE };
+        self.passed == 0
+    }
+
+    /// The worker did; it took `time`, and meanwhile others `came`.
+    pub(crate) fn after_own_wait(&mut self, time: Duration, came: bool) {
+        self.credit = match time <= BRIEF && !came {
+            true => (self.credit + 1).min(MOST_CREDIT),
+            false => self.credit.saturating_sub(2),
+        };
     }
 }
 
@@ -193,6 +227,29 @@ mod tests {
             t.is_preempted(2 * MS);
             t.waits(2 * MS);
         }));
+    }
+
+    #[test]
+    fn the_worker_waits_where_that_is_brief_and_nobody_minds() {
+        let mut pace = Pace::default();
+        let waits = |pace: &mut Pace, n| (0..n).filter(|_| pace.may_wait()).count();
+        // Nothing is known of the storage, or it takes long.
+        assert_eq!(waits(&mut pace, 100), 0);
+        pace.after_slow_thread(MS);
+        assert_eq!(waits(&mut pace, 100), 0);
+        // It is tried now and then, and done while it goes well.
+        pace.after_slow_thread(MS / 10);
+        assert_eq!(waits(&mut pace, 320), 10);
+        (0..100).for_each(|_| pace.after_own_wait(MS / 10, false));
+        assert_eq!(waits(&mut pace, 100), 100);
+        // Others came meanwhile, or it took long: some of these in a row are enough.
+        for (time, came) in [(MS / 10, true), (MS, false)] {
+            (0..4).for_each(|_| pace.after_own_wait(time, came));
+            assert_eq!(waits(&mut pace, 320), 10);
+            (0..100).for_each(|_| pace.after_own_wait(MS / 10, false));
+        }
+        pace.slow = true;
+        assert_eq!(waits(&mut pace, 100), 0);
     }
 
     #[test]

@@ -46,10 +46,17 @@ pub struct Finished {
     pub took: Duration,
 }
 
+#[derive(Debug, Default)]
+struct Letters {
+    finished: Vec<Finished>,
+    /// The worker waits for them here, and not in its loop.
+    awaited: bool,
+}
+
 /// Where a worker gets its finished requests.
 #[derive(Debug)]
 pub struct Mailbox {
-    finished: Mutex<Vec<Finished>>,
+    letters: Mutex<Letters>,
     arrived: Condvar,
     wake: EventFd,
 }
@@ -60,7 +67,7 @@ impl Mailbox {
     /// # Errors
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { finished: Mutex::default(), arrived: Condvar::new(), wake: EventFd::new()? })
+        Ok(Self { letters: Mutex::default(), arrived: Condvar::new(), wake: EventFd::new()? })
     }
 
     /// Readable when something arrived.
@@ -69,32 +76,47 @@ impl Mailbox {
     }
 
     fn put(&self, finished: Finished) {
-        lock(&self.finished).push(finished);
-        self.arrived.notify_one();
-        self.wake.signal();
+        let mut letters = lock(&self.letters);
+        // Whoever put the first one has signalled, and the worker takes all.
+        let first = letters.finished.is_empty();
+        letters.finished.push(finished);
+        let awaited = letters.awaited;
+        drop(letters);
+        if awaited {
+            self.arrived.notify_one();
+        }
+        if first {
+            self.wake.signal();
+        }
     }
 
     /// Exchanges what arrived with the empty `into`.
     pub fn take(&self, into: &mut Vec<Finished>) {
+        // In this order: what is put in between is taken along.
         self.wake.drain();
-        std::mem::swap(&mut *lock(&self.finished), into);
+        std::mem::swap(&mut lock(&self.letters).finished, into);
     }
 
     /// Waits until something arrived, and takes it.
     pub fn wait(&self, into: &mut Vec<Finished>) {
-        let mut finished = lock(&self.finished);
-        while finished.is_empty() {
-            finished = self.arrived.wait(finished).unwrap_or_else(PoisonError::into_inner);
+        let mut letters = lock(&self.letters);
+        letters.awaited = true;
+        while letters.finished.is_empty() {
+            letters = self.arrived.wait(letters).unwrap_or_else(PoisonError::into_inner);
         }
-        std::mem::swap(&mut *finished, into);
+        letters.awaited = false;
+        std::mem::swap(&mut letters.finished, into);
     }
 
     /// As [`Self::wait`], but not longer than `timeout`.
     pub fn wait_for(&self, into: &mut Vec<Finished>, timeout: Duration) {
-        let finished = lock(&self.finished);
-        let waited = self.arrived.wait_timeout_while(finished, timeout, |list| list.is_empty());
-        let mut finished = waited.unwrap_or_else(PoisonError::into_inner).0;
-        std::mem::swap(&mut *finished, into);
+        let mut letters = lock(&self.letters);
+        letters.awaited = true;
+        let empty = |letters: &mut Letters| letters.finished.is_empty();
+        let waited = self.arrived.wait_timeout_while(letters, timeout, empty);
+        let mut letters = waited.unwrap_or_else(PoisonError::into_inner).0;
+        letters.awaited = false;
+        std::mem::swap(&mut letters.finished, into);
     }
 }
 
@@ -160,8 +182,12 @@ impl<F: Extension> SlowPool<F> {
             return Err(chain);
         }
         state.jobs.push_back(Job { chain, queue, begun: Instant::now(), done: done.clone() });
+        // One that is not idle looks for jobs before it is.
+        let wake = state.idle > 0;
         drop(state);
-        self.shared.work.notify_one();
+        if wake {
+            self.shared.work.notify_one();
+        }
         Ok(())
     }
 }

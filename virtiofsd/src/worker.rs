@@ -11,6 +11,9 @@
 //! present ([`Pace`]), and requests that may wait for it go to the slow threads until these were fast with a row of
 //! them.
 //!
+//! A worker that has nothing else to do waits for a fast disk itself, if that is over soon as a rule
+//! ([`Wait::Briefly`]).
+//!
 //! Stopping a queue drains it: slow requests are waited for, waiting locks end with `EINTR`.
 //!
 //! Latencies are measured by the batch, with one look at the clock for each: whoever waits for a batch
@@ -148,7 +151,7 @@ impl<F: Extension> FsWorker<F> {
                 self.answered += 1;
                 written
             }
-            Outcome::Slow => self.hand_over(queue),
+            Outcome::Slow => return self.serve_slow(queue),
             Outcome::Postponed => {
                 queue.unpop(&mut self.chain);
                 return None;
@@ -165,6 +168,30 @@ impl<F: Extension> FsWorker<F> {
     /// Puts a spare chain in the place of `self.chain` and returns that.
     fn replace_chain(&mut self) -> Box<Chain> {
         std::mem::replace(&mut self.chain, self.spare.pop().unwrap_or_default())
+    }
+
+    /// Does what `self.chain` asks for, which takes waiting: itself, if it has nothing else to do and that
+    /// is brief, or on a slow thread.
+    #[cold]
+    fn serve_slow(&mut self, queue: &mut Queue) -> Option<u32> {
+        if self.away > 0 || queue.has_available() || !self.pace.may_wait() {
+            return Some(self.hand_over(queue));
+        }
+        queue.publish();
+        let start = Instant::now();
+        match self.server.handle(&mut self.chain, &mut self.scratch, Wait::Briefly) {
+            Outcome::Done(written) => {
+                self.pace.after_own_wait(start.elapsed(), queue.has_available());
+                queue.push(&mut self.chain, written);
+                self.answered += 1;
+                Some(written)
+            }
+            Outcome::Postponed => {
+                queue.unpop(&mut self.chain);
+                None
+            }
+            _ => Some(self.hand_over(queue)),
+        }
     }
 
     #[cold]
@@ -234,7 +261,11 @@ impl<F: Extension> FsWorker<F> {
         for done in finished.drain(..) {
             self.away -= 1;
             match done.lock {
-                Some(unique) => self.lock_waits.retain(|one| *one != unique),
+                Some(unique) => {
+                    if let Some(at) = self.lock_waits.iter().position(|one| *one == unique) {
+                        self.lock_waits.swap_remove(at);
+                    }
+                }
                 None => self.pace.after_slow_thread(done.took),
             }
             // A queue is there as long as one of its chains is away.
@@ -353,6 +384,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
         }
         let done = self.count_batch(begun);
         self.end_batch(queue, done);
+        cx.note_time(done);
         self.before_waiting(cx);
         progress
     }

@@ -20,7 +20,8 @@
 //! A queue whose chains nobody waits for may rest instead ([`QueueHandler::rest`]): emptied, it is left alone
 //! for a while with kicks off, and looked at again then. While that finds chains, the driver never kicks, and
 //! the worker wakes once for many of them. Kicks are asked for, and the ring looked at a last time, as soon as
-//! a rest was in vain. This too is done only while it pays.
+//! a rest was in vain. This too is done only while it pays. Rests get longer while few chains come for the
+//! ring's size.
 //!
 //! A handler whose next work may as well come from its descriptors has the loop look at all of them
 //! ([`QueueHandler::linger_over_all`]): rings that were emptied stay muted meanwhile, and the driver is asked
@@ -100,6 +101,8 @@ pub struct Context {
     deadline: Option<Instant>,
     /// The time, if it was asked for since the loop last waited.
     now: Cell<Option<Instant>>,
+    /// The time that a handler just knew.
+    noted: Option<Instant>,
     /// Queues to be asked in the next round.
     again: Vec<u16>,
 }
@@ -148,12 +151,24 @@ impl Context {
         now
     }
 
+    /// Tells the loop, which would ask for it next, that it is `now`.
+    #[inline]
+    pub fn note_time(&mut self, now: Instant) {
+        self.noted = Some(now);
+    }
+
     /// Has [`QueueHandler::on_kick`] called for queue `index` before the loop sleeps, as if the driver
     /// had kicked it. A queue that is not running is not asked.
     pub fn ask(&mut self, index: u16) {
-        if !self.again.contains(&index) {
+        if !self.is_asked(index) {
             self.again.push(index);
         }
+    }
+
+    /// Whether queue `index` gets a turn before the loop sleeps, because of [`Self::ask`] or a kick.
+    #[must_use]
+    pub fn is_asked(&self, index: u16) -> bool {
+        self.again.contains(&index)
     }
 }
 
@@ -196,8 +211,8 @@ pub trait QueueHandler: Send {
         Duration::ZERO
     }
 
-    /// How long queue `index`, just emptied, is left alone before it is looked at again, without a kick
-    /// meanwhile, if that was worth it lately. For queues whose chains nobody waits for. Zero: not at all.
+    /// How long at least queue `index`, just emptied, is left alone before it is looked at again, without a
+    /// kick meanwhile, if that was worth it lately; up to eight times as long, if few chains come. For queues whose chains nobody waits for. Zero: not at all.
     fn rest(&self, index: u16) -> Duration {
         let _ = index;
         Duration::ZERO
@@ -266,6 +281,7 @@ impl<H: QueueHandler> EventLoop<H> {
             epoll,
             deadline: None,
             now: Cell::new(None),
+            noted: None,
             again: Vec::new(),
         };
         Ok(Self {
@@ -388,14 +404,15 @@ impl<H: QueueHandler> EventLoop<H> {
                 }
                 Progress::Emptied => {}
             }
-            let (now, rest) = (self.cx.now.get(), self.handler.rest(index));
+            let (noted, rest) = (self.cx.noted.take(), self.handler.rest(index));
+            let now = || noted.unwrap_or_else(Instant::now);
             let Some(queue) = self.cx.queues.get(index) else { return };
             let came = queue.metrics().requests.get().wrapping_sub(before);
-            let until = || now.unwrap_or_else(Instant::now) + rest;
-            if !rest.is_zero() && self.rests.begin(index, came, until) {
+            let until = |length| now() + rest * length;
+            if !rest.is_zero() && self.rests.begin(index, (came, queue.size()), until) {
                 return;
             }
-            if linger.is_zero() || !self.linger.look(linger, || queue.has_available()) {
+            if linger.is_zero() || !self.linger.look(now, linger, || queue.has_available()) {
                 if !queue.enable_notifications() {
                     return;
                 }

@@ -279,6 +279,11 @@ impl FsClient {
         &self.ram
     }
 
+    /// Gives the next message the number of the one before, as no kernel does.
+    pub fn repeat_number(&mut self) {
+        self.unique -= 2;
+    }
+
     /// Makes `message` available on queue `queue` from slot `slot`, which becomes its cookie; the kick
     /// is the caller's.
     ///

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
+use testkit::frontend::ShmemPolicy;
 
 use crate::share::*;
 
@@ -38,6 +39,29 @@ proptest! {
             prop_assert_eq!(live.len(), window.mapped());
         }
     }
+}
+
+/// Whatever window the operator allows.
+#[test]
+fn mappings_neither_use_up_the_descriptors_nor_lie_where_no_file_is() {
+    let share = Share::new(&["--dax=always", "--dax-vmm=plain", "--rlimit-nofile=200"]);
+    let _file = share.file("f", &content(100, 4));
+    let _other = share.file("other", &content(7, 4));
+    let (mut guest, _window) = share.guest(ShmemPolicy::Plain);
+    let inode = guest.lookup(ROOT, "f").unwrap();
+    for (from, len) in [(u64::MAX - PAGE + 1, 2 * PAGE), ((1 << 63) - PAGE, PAGE), (1, PAGE)] {
+        assert_eq!(errno(&mut guest, set_up(inode, from, len, 0, true)), libc::EINVAL, "{from:#x}");
+    }
+    let refused = (0..512).find_map(|at| {
+        let error = errno(&mut guest, set_up(inode, 0, PAGE, at * PAGE, true));
+        (error != 0).then_some((at, error))
+    });
+    let (taken, error) = refused.expect("200 descriptors are not enough for 512 mappings");
+    assert!(taken > 50 && error == libc::ENFILE, "errno {error} after {taken}");
+    let other = guest.lookup(ROOT, "other").unwrap();
+    assert_eq!(attributes(&mut guest, other).attr.size, 7);
+    assert_eq!(errno(&mut guest, remove(inode, 0, WINDOW)), 0);
+    assert_eq!(errno(&mut guest, set_up(inode, 0, PAGE, 0, true)), 0);
 }
 
 /// Many small claims, and then a file that grows: mappings are brought together before there are as many

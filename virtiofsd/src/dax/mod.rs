@@ -337,7 +337,10 @@ impl Dax {
     /// # Errors
     /// EINVAL for a range that cannot be; ENOMEM when the VMM holds enough; what the VMM answered.
     pub fn set_up(&self, request: &MapRequest, file: OwnedFd) -> io::Result<()> {
-        if !request.file_offset.is_multiple_of(PAGE) {
+        let end = request.file_offset.checked_add(request.len);
+        // No file is that long, and a plain VMM would be left to find out.
+        let possible = end.is_some_and(|end| i64::try_from(end).is_ok());
+        if !possible || !request.file_offset.is_multiple_of(PAGE) {
             return Err(refused(ClaimError::BadRange));
         }
         let mut state = self.settled()?;

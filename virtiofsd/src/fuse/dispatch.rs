@@ -6,7 +6,7 @@
 //! nothing between requests but what INIT agreed on, so that any thread may call it, for different
 //! chains at the same time.
 //!
-//! A request that would have to wait is not done with [`Wait::Never`]: the outcome is then
+//! A request that would have to wait is not done with [`Wait::Never`] (or [`Wait::Briefly`]): the outcome is then
 //! [`Outcome::Slow`], the chain is as it was popped, and the caller has the request done again on
 //! another thread with [`Wait::Allowed`]. A SETLKW whose lock is taken comes back as
 //! [`Outcome::Locked`]: the caller keeps the chain and asks again later, or on a thread that may wait for
@@ -212,7 +212,7 @@ impl<F: Extension> Server<F> {
             return refuse(&mut chain.writable, libc::EIO);
         };
         let waits = self.fs.waits(opcode) || (scratch.storage_is_slow && opcode.may_wait());
-        if waits && wait == Wait::Never {
+        if waits && wait.is_on_worker() {
             return Outcome::Slow;
         }
         chain.readable.truncate(body);
@@ -336,7 +336,7 @@ impl<F: Extension> Server<F> {
         *call.bytes_read = call.bytes_read.saturating_add(done as u64);
         match result {
             Ok(len) => Outcome::Done(len),
-            Err(_) if wait == Wait::Never => Outcome::Slow,
+            Err(_) if wait.is_on_worker() => Outcome::Slow,
             // With waiting allowed this is the answer of a file opened with O_NONBLOCK.
             Err(e) => Outcome::Done(Reply::new(call.head, call.header.unique).error(errno(&e))),
         }
@@ -375,7 +375,7 @@ impl<F: Extension> Server<F> {
                 let size = u32::try_from(n).unwrap_or(u32::MAX);
                 Outcome::Done(call.reply().obj(&wire::WriteOut { size, padding: 0 }))
             }
-            Err(e) if call.wait == Wait::Never && errno(&e) == libc::EAGAIN => Outcome::Slow,
+            Err(e) if call.wait.is_on_worker() && errno(&e) == libc::EAGAIN => Outcome::Slow,
             Err(e) => Outcome::Done(call.reply().error(errno(&e))),
         }
     }
@@ -731,7 +731,7 @@ fn transfer(
             }
             // Unless it is us who are to let go of the ring.
             Err(e) if e.kind() == io::ErrorKind::Interrupted && !dax::is_interrupted() => {}
-            Err(e) if errno(&e) == libc::EAGAIN && wait == Wait::Never => return Err(e),
+            Err(e) if errno(&e) == libc::EAGAIN && wait.is_on_worker() => return Err(e),
             Err(_) if done > 0 => break,
             Err(e) => return Err(e),
         }

@@ -10,7 +10,8 @@
 //! A queue's worker calls the methods on its own thread and must not be held up. Reads and writes take
 //! a [`Wait`]: with [`Wait::Never`] the file system does what it can without waiting (`RWF_NOWAIT`) and
 //! answers `EAGAIN` for the rest, which the worker then gives to a slow thread with
-//! [`Wait::Allowed`]. [`Extension::waits`] says which other operations go to a slow thread at once.
+//! [`Wait::Allowed`], or, if nothing else is there to be done, tries itself with [`Wait::Briefly`].
+//! [`Extension::waits`] says which other operations go to a slow thread at once.
 //!
 //! All errors are `io::Error`s made from an errno, which allocate nothing; their errno is the reply's.
 
@@ -39,10 +40,22 @@ pub enum Wait {
     /// Do what needs no waiting; `EAGAIN` if that is nothing. Fewer bytes than asked for, ending at a
     /// page boundary, mean that the rest would have to wait (or that the file ends there).
     Never,
+    /// Nothing else waits behind it: wait for storage that answers soon as a rule, a local disk. `EAGAIN`
+    /// for what is not of that kind.
+    Briefly,
     /// Take the time it needs.
     Allowed,
     /// The same, and SETLKW waits for its lock.
     ForLock,
+}
+
+impl Wait {
+    /// Whether a queue's worker asks, which has other requests to do.
+    #[inline]
+    #[must_use]
+    pub fn is_on_worker(self) -> bool {
+        matches!(self, Self::Never | Self::Briefly)
+    }
 }
 
 /// What SETLKW asks for.
@@ -249,7 +262,7 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         out: &IoVecs,
         wait: Wait,
     ) -> io::Result<usize> {
-        if wait == Wait::Never {
+        if wait.is_on_worker() {
             return Err(io::Error::from_raw_os_error(libc::EAGAIN));
         }
         upstream::read(self, ctx, request, out)
@@ -266,7 +279,7 @@ pub trait Extension: FileSystem<Inode = u64, Handle = u64> + Send + Sync + 'stat
         data: &IoVecs,
         wait: Wait,
     ) -> io::Result<usize> {
-        if wait == Wait::Never {
+        if wait.is_on_worker() {
             return Err(io::Error::from_raw_os_error(libc::EAGAIN));
         }
         upstream::write(self, ctx, request, data)

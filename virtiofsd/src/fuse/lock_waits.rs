@@ -23,8 +23,9 @@ const ATTEMPTS: u32 = 100;
 struct LockWait {
     /// INTERRUPT asked it to stop.
     interrupted: bool,
-    /// The thread that is in the system call, or about to enter it.
-    thread: Option<libc::pid_t>,
+    /// The threads that are in the system call, or about to enter it. One, unless the guest gave several
+    /// requests the same number.
+    threads: Vec<libc::pid_t>,
 }
 
 /// The waiting SETLKW requests of a session, by number.
@@ -47,13 +48,13 @@ impl LockWaits {
         if !waits.entry(unique).or_default().interrupted {
             return true;
         }
-        waits.remove(&unique);
+        forget(&mut waits, unique);
         false
     }
 
     /// Request `unique` waits no more.
     pub fn forget(&self, unique: u64) {
-        self.waits().remove(&unique);
+        forget(&mut self.waits(), unique);
     }
 
     /// Whether nothing waits.
@@ -68,6 +69,7 @@ impl LockWaits {
     /// Those of `call`; `EINTR` if the request was interrupted, and only then.
     pub fn block(&self, unique: u64, call: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         install_handler();
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
         loop {
             {
                 let mut waits = self.waits();
@@ -75,11 +77,11 @@ impl LockWaits {
                 if wait.interrupted {
                     return Err(io::Error::from_raw_os_error(libc::EINTR));
                 }
-                wait.thread = Some(rustix::thread::gettid().as_raw_nonzero().get());
+                wait.threads.push(thread);
             }
             let result = call();
             if let Some(wait) = self.waits().get_mut(&unique) {
-                wait.thread = None;
+                wait.threads.retain(|other| *other != thread);
             }
             self.left.notify_all();
             match result {
@@ -95,8 +97,10 @@ impl LockWaits {
         for _ in 0..ATTEMPTS {
             let Some(wait) = waits.get_mut(&unique) else { return };
             wait.interrupted = true;
-            let Some(thread) = wait.thread else { return };
-            signal(thread);
+            if wait.threads.is_empty() {
+                return;
+            }
+            wait.threads.iter().copied().for_each(signal);
             waits = self
                 .left
                 .wait_timeout(waits, AGAIN)
@@ -110,6 +114,13 @@ impl LockWaits {
         for unique in all {
             self.interrupt(unique);
         }
+    }
+}
+
+/// Forgets request `unique`, unless another of that number waits still: it must be found to be interrupted.
+fn forget(waits: &mut BTreeMap<u64, LockWait>, unique: u64) {
+    if waits.get(&unique).is_some_and(|wait| wait.threads.is_empty()) {
+        waits.remove(&unique);
     }
 }
 

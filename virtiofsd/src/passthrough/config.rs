@@ -1,10 +1,15 @@
 //! What the operator chose for the passthrough.
 
+use std::os::fd::RawFd;
 use std::time::Duration;
 
 use super::id_map::IdMap;
 use super::xattr_map::XattrMap;
 use crate::dax;
+
+/// Descriptors that the guest cannot use up: for sockets, queues and memory, and what a request opens for
+/// as long as it runs.
+const OWN_FDS: u64 = 512;
 
 /// How long the guest may keep what it learned (`--cache`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -137,6 +142,9 @@ pub struct Config {
     pub migration: Migration,
     /// Fds kept open for inodes that have file handles.
     pub hot_fds: usize,
+    /// Descriptors of this number and above are not the guest's to keep open: without a few free ones,
+    /// nothing could be looked at any more, whoever asks.
+    pub guest_fds: RawFd,
 }
 
 impl Default for Config {
@@ -164,6 +172,7 @@ impl Default for Config {
             dax: dax::Options::default(),
             migration: Migration::default(),
             hot_fds: 2048,
+            guest_fds: RawFd::MAX,
         }
     }
 }
@@ -173,6 +182,14 @@ impl Config {
     #[must_use]
     pub fn timeout(&self) -> Duration {
         self.timeout.unwrap_or(self.cache.timeout())
+    }
+
+    /// Shares out the `limit` descriptors that the process may have open: a quarter of them, if those are
+    /// not many, stay the daemon's own.
+    pub fn share_fds(&mut self, limit: u64) {
+        let own = (limit / 4).min(OWN_FDS);
+        self.guest_fds = RawFd::try_from(limit - own).unwrap_or(RawFd::MAX);
+        self.hot_fds = self.hot_fds.min(usize::try_from(limit / 8).unwrap_or(usize::MAX));
     }
 
     /// Whether extended attributes are on, by themselves or for something that needs them.

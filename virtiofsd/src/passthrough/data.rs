@@ -50,6 +50,8 @@ pub(super) struct OpenFile {
     pub(super) writes: bool,
     /// Opened with flags that make writes wait for the disk.
     synchronous: bool,
+    /// Opened with O_DIRECT: reads wait for the disk too, `RWF_NOWAIT` or not.
+    direct: bool,
     speed: Speed,
     /// The guest has a BSD lock on it.
     flocked: AtomicBool,
@@ -109,6 +111,7 @@ impl PassthroughFs {
     }
 
     fn keep_open(&self, id: u64, fd: OwnedFd, flags: i32, mount: u32) -> io::Result<u64> {
+        let fd = self.for_guest(fd)?;
         self.files.insert(self.open_file(id, fd, flags, mount)).ok_or(errno(libc::ENFILE))
     }
 
@@ -117,6 +120,7 @@ impl PassthroughFs {
             fd,
             inode: id,
             writes: flags & libc::O_ACCMODE != libc::O_RDONLY,
+            direct: flags & libc::O_DIRECT != 0,
             synchronous: flags & (libc::O_DIRECT | libc::O_SYNC | libc::O_DSYNC) != 0,
             speed: self.mounts.get(mount).map_or(Speed::Remote, |mount| mount.speed),
             flocked: AtomicBool::new(false),
@@ -173,11 +177,11 @@ impl PassthroughFs {
         let made = self.make_open(ctx, extra, dir.as_fd(), name, flags, &args);
         match made {
             Ok(fd) => {
-                self.label(fd.as_fd(), extra).inspect_err(|_| {
-                    // What could not be labelled must not stay.
+                let labelled = self.label(fd.as_fd(), extra);
+                labelled.and_then(|()| self.created(parent, fd, host)).inspect_err(|_| {
+                    // What could not be labelled, or kept open, must not stay.
                     let _ = rustix::fs::unlinkat(&dir, name, rustix::fs::AtFlags::empty());
-                })?;
-                self.created(parent, fd, host)
+                })
             }
             Err(error)
                 if error.raw_os_error() == Some(libc::EEXIST)
@@ -314,9 +318,10 @@ impl PassthroughFs {
     ) -> io::Result<usize> {
         let file = self.file(request.inode, request.handle)?;
         let flags = match (wait, file.speed) {
-            (Wait::Allowed | Wait::ForLock, _) | (Wait::Never, Speed::Memory) => 0,
-            (Wait::Never, Speed::Local) => libc::RWF_NOWAIT,
-            (Wait::Never, Speed::Remote) => return Err(errno(libc::EAGAIN)),
+            (Wait::Allowed | Wait::ForLock, _) | (_, Speed::Memory) => 0,
+            (Wait::Briefly, Speed::Local) => 0,
+            (Wait::Never, Speed::Local) if !file.direct => libc::RWF_NOWAIT,
+            (Wait::Never | Wait::Briefly, _) => return Err(errno(libc::EAGAIN)),
         };
         // SAFETY: the entries lie in the chain's memory, which is mapped while the chain is held, and
         // which is never accessed through references.
@@ -339,9 +344,10 @@ impl PassthroughFs {
         wait: Wait,
     ) -> io::Result<usize> {
         let file = self.file(request.inode, request.handle)?;
-        if wait == Wait::Never {
+        if wait.is_on_worker() {
             let at_once = match file.speed {
                 Speed::Memory => true,
+                Speed::Local if wait == Wait::Briefly => true,
                 Speed::Local => !file.synchronous && data.len() <= INLINE_WRITE_BYTES,
                 Speed::Remote => false,
             };

@@ -76,7 +76,7 @@ impl PassthroughFs {
         let file = self
             .open_for_vmm(request.inode, request.write)
             .inspect_err(|_| dax.cannot_open(request.inode))?;
-        dax.set_up(request, file)
+        dax.set_up(request, self.for_guest(file)?)
     }
 
     /// REMOVEMAPPING.

@@ -124,6 +124,7 @@ impl PassthroughFs {
     /// OPENDIR.
     pub(super) fn do_opendir(&self, id: u64) -> io::Result<u64> {
         let fd = self.open_node(id, libc::O_RDONLY | libc::O_DIRECTORY)?;
+        let fd = self.for_guest(fd)?;
         self.dirs.insert(OpenDir::new(fd, id)).ok_or(errno(libc::ENFILE))
     }
 

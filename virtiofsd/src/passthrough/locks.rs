@@ -156,6 +156,11 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// The file is on a read-only mount, immutable, a running program, or otherwise not for writing.
+fn cannot_be_written(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EROFS | libc::EACCES | libc::EPERM | libc::ETXTBSY))
+}
+
 /// The part of the file that `lock` is about.
 fn range_of(lock: &FileLock) -> Range {
     Range { start: lock.start, end: lock.end, write: lock.lock_type != libc::F_RDLCK as u32 }
@@ -189,12 +194,14 @@ impl PassthroughFs {
         if let Some(there) = self.locks.held().get(&holder) {
             return Ok(Arc::clone(&there.fd));
         }
-        let fd = match self.open_node(holder.0, libc::O_RDWR) {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EROFS | libc::EACCES)) => {
-                self.open_node(holder.0, libc::O_RDONLY)
-            }
+        // For writing, since the holder may come to want that too; unless nobody can, and the guest has it
+        // open for reading alone.
+        let most = if self.config.readonly { libc::O_RDONLY } else { libc::O_RDWR };
+        let fd = match self.open_node(holder.0, most) {
+            Err(error) if cannot_be_written(&error) => self.open_node(holder.0, libc::O_RDONLY),
             other => other,
         }?;
+        let fd = self.for_guest(fd)?;
         let mut held = self.locks.held();
         let held_one = held.entry(holder).or_insert_with(|| Held::new(Arc::new(fd), pid));
         let fd = Arc::clone(&held_one.fd);

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::hash::Hasher;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use fuse_backend_rs::api::filesystem::Entry;
 use rustix::fs::{Mode, OFlags};
@@ -99,7 +99,8 @@ impl PassthroughFs {
         let mut handle = self.mounts.acquire(dir, name, key)?;
         let mut fd = None;
         if handle == Handle::None {
-            let pinned = self.with_spare_fds(|| open_path(dir, name)).inspect_err(|_| {
+            let pinned = self.with_spare_fds(|| open_path(dir, name));
+            let pinned = pinned.and_then(|fd| self.for_guest(fd)).inspect_err(|_| {
                 self.mounts.release(key.mount);
             })?;
             let found = sys::statx(pinned.as_fd(), c"", 0, sys::STATX_MASK);
@@ -181,7 +182,7 @@ impl PassthroughFs {
     }
 
     /// As [`Self::statx_node`], of a node without an fd.
-    fn statx_cold(&self, id: u64, flags: i32, mask: u32) -> io::Result<libc::statx> {
+    pub(super) fn statx_cold(&self, id: u64, flags: i32, mask: u32) -> io::Result<libc::statx> {
         if let Some(stat) = self.statx_by_name(id, flags) {
             return Ok(stat);
         }
@@ -250,6 +251,31 @@ impl PassthroughFs {
             Err(error) if out_of_fds(&error) && self.inodes.cool_all() > 0 => open(),
             result => result,
         }
+    }
+
+    /// `fd`, opened for the guest to keep, unless it is one of the last that are free.
+    ///
+    /// # Errors
+    /// `ENFILE`: the guest has its share of descriptors.
+    #[inline]
+    pub(super) fn for_guest(&self, fd: OwnedFd) -> io::Result<OwnedFd> {
+        // The kernel gives the lowest free number, so a high one says that all below are in use.
+        if fd.as_raw_fd() < self.config.guest_fds { Ok(fd) } else { self.lower(fd) }
+    }
+
+    #[cold]
+    fn lower(&self, fd: OwnedFd) -> io::Result<OwnedFd> {
+        if self.inodes.cool_all() > 0
+            && let Ok(lower) = rustix::io::fcntl_dupfd_cloexec(&fd, 0)
+            && lower.as_raw_fd() < self.config.guest_fds
+        {
+            return Ok(lower);
+        }
+        outboard_common::warn_limited!(
+            "the guest has as many files open as it can: {} descriptors (see --rlimit-nofile)",
+            self.config.guest_fds
+        );
+        Err(errno(libc::ENFILE))
     }
 
     /// Notes that `stat`, just removed from a directory, may have lost its last name: the next inode

@@ -188,6 +188,12 @@ impl PassthroughFs {
         let key = key_of(&stat);
         let handle = mounts.acquire(root.as_fd(), c"", key).map_err(PassthroughError::NoHandles)?;
         tracing::debug!(handles = handle != Handle::None, "sharing device {:#x}", key.dev);
+        if handle == Handle::None && config.inode_file_handles == InodeFileHandles::Prefer {
+            tracing::info!(
+                "every inode that the guest knows stays open, since the file system has no file handles, or \
+                 the process has not CAP_DAC_READ_SEARCH (see --rlimit-nofile)"
+            );
+        }
         let dax = match config.dax.mode {
             dax::Mode::Never => None,
             _ => Some(Dax::new(config.dax).map_err(PassthroughError::Examine)?),

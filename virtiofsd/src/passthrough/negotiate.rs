@@ -46,7 +46,11 @@ impl PassthroughFs {
                 wanted |= flags;
             }
         };
-        add(config.readdirplus, init::DO_READDIRPLUS | init::READDIRPLUS_AUTO);
+        // Attributes that are stale when they arrive are asked for in vain.
+        add(
+            config.readdirplus && !config.timeout().is_zero(),
+            init::DO_READDIRPLUS | init::READDIRPLUS_AUTO,
+        );
         add(config.writeback, init::WRITEBACK_CACHE);
         add(config.announce_submounts, init::SUBMOUNTS);
         add(config.killpriv_v2, init::HANDLE_KILLPRIV_V2);

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::MemfdFlags;
+use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use vm_memory::{FileOffset, MmapRegion};
 use zerocopy::IntoBytes;
@@ -110,8 +111,8 @@ impl Session {
         Ok(())
     }
 
-    /// SET_LOG_BASE. Answered with a zero when LOG_SHMFD was negotiated, which it must have been
-    /// for a descriptor to come.
+    /// SET_LOG_BASE. Answered with a zero when LOG_SHMFD was negotiated; a front end that sent a descriptor
+    /// without it expects nothing.
     pub(super) fn set_log_base(
         &mut self,
         size: u64,
@@ -121,7 +122,7 @@ impl Session {
         let log = DirtyLog::map(fd.ok_or(MemoryError::NoFd)?, offset, size)?;
         self.log = Some(Arc::new(log));
         self.update_log();
-        Ok(Reply::Number(0))
+        Ok(if self.has_protocol(P::LOG_SHMFD) { Reply::Number(0) } else { Reply::Done })
     }
 
     /// Publishes the log when the features want one, takes it away when not.
