@@ -203,8 +203,7 @@ fn sockets<'a>(cli: &'a Cli, plans: &'a [Plan]) -> Vec<&'a Path> {
 }
 
 fn inherit(fd: i32) -> anyhow::Result<OwnedFd> {
-    let fd =
-        inherited_fd(fd).with_context(|| format!("--tap-fd {fd} is not an open descriptor"))?;
+    let fd = inherited_fd(fd).with_context(|| format!("--tap-fd {fd} cannot be used"))?;
     rustix::io::ioctl_fionbio(&fd, true).context("cannot make the tap descriptor non-blocking")?;
     Ok(fd)
 }
