@@ -4,8 +4,10 @@
 //! is the daemons', and daemons and client are pinned to a CPU each. Large transfers are copies, and
 //! the kernel threads that copy for qemu-storage-daemon's io_uring are not held by its pinning; so
 //! there nobody is pinned and the client sleeps: every daemon has every CPU. Every figure is the median
-//! of several runs that alternate between the daemons; `ratio` compares ours with the better of QEMU's
-//! two.
+//! of several runs that alternate between the daemons; `ratio` compares with the better of QEMU's two.
+//!
+//! On the disk most of the time is the kernel's. There the table also has ours with `--register-memory`
+//! (`reg.`), and a bare loop that does the same operations with no virtio at all (`blk/floor.rs`).
 //!
 //! | store | what it is |
 //! |---|---|
@@ -26,6 +28,9 @@
     reason = "figures of a table"
 )]
 
+#[path = "blk/floor.rs"]
+mod floor;
+
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
@@ -40,6 +45,8 @@ use testkit::driver::{GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::memory::GuestRam;
 use testkit::toolroot::ToolRoot;
+
+use self::floor::Floor;
 
 const IMAGE_BYTES: u64 = 256 << 20;
 const RUNS: usize = 3;
@@ -70,6 +77,17 @@ const fn load(name: &'static str, bytes: u32, depth: usize) -> Load {
 /// Large transfers, one after another on the disk.
 const fn sequential(name: &'static str, kind: RequestType) -> Load {
     Load { random: false, kind, unpinned: true, ..load(name, 1 << 20, 8) }
+}
+
+impl Load {
+    /// The block of the next request.
+    fn block(&self, random: &mut u64, next: &mut u64) -> u64 {
+        *random ^= *random << 13;
+        *random ^= *random >> 7;
+        *random ^= *random << 17;
+        *next += 1;
+        (if self.random { *random } else { *next }) % (IMAGE_BYTES / u64::from(self.bytes))
+    }
 }
 
 const LOADS: [Load; 8] = [
@@ -113,10 +131,13 @@ fn pin(cpu: Option<usize>) {
 /// CPU time of all threads of `daemon`, in nanoseconds.
 fn cpu_ns(daemon: &Daemon) -> u64 {
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
-    tasks
-        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("schedstat")).ok())
-        .filter_map(|text| text.split_ascii_whitespace().next()?.parse::<u64>().ok())
-        .sum()
+    tasks.map(|task| task_cpu_ns(&task.unwrap().path())).sum()
+}
+
+/// CPU time of the thread that `task` shows, in nanoseconds; 0 when it is gone.
+fn task_cpu_ns(task: &Path) -> u64 {
+    let text = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
+    text.split_ascii_whitespace().next().map_or(0, |time| time.parse().unwrap())
 }
 
 /// Arguments for ours.
@@ -194,13 +215,7 @@ impl Client {
 
     /// The sector of the next request.
     fn sector(&mut self, load: &Load) -> u64 {
-        let blocks = IMAGE_BYTES / u64::from(load.bytes);
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.next += 1;
-        let block = if load.random { self.random } else { self.next } % blocks;
-        block * u64::from(load.bytes) / 512
+        load.block(&mut self.random, &mut self.next) * u64::from(load.bytes) / 512
     }
 
     fn submit(&mut self, load: &Load, slot: usize) {
@@ -253,16 +268,21 @@ impl Client {
             }
             self.queue.kick();
         }
-        let (cpu, elapsed) = (cpu_ns(daemon) - cpu, start.elapsed());
-        latencies.sort_unstable();
-        let count = latencies.len() as f64;
-        let at = |share: f64| latencies[(count * share) as usize] as f64 / 1000.0;
-        Figures {
-            cpu_us: cpu as f64 / 1000.0 / count,
-            iops: count / elapsed.as_secs_f64(),
-            p50_us: at(0.5),
-            p99_us: at(0.99),
-        }
+        let cpu = cpu_ns(daemon) - cpu;
+        figures_of(latencies, cpu, start.elapsed())
+    }
+}
+
+/// What a run comes to: of every request its time, in nanoseconds as the CPU time is.
+fn figures_of(mut latencies: Vec<u64>, cpu: u64, elapsed: Duration) -> Figures {
+    latencies.sort_unstable();
+    let count = latencies.len() as f64;
+    let at = |share: f64| latencies[(count * share) as usize] as f64 / 1000.0;
+    Figures {
+        cpu_us: cpu as f64 / 1000.0 / count,
+        iops: count / elapsed.as_secs_f64(),
+        p50_us: at(0.5),
+        p99_us: at(0.99),
     }
 }
 
@@ -293,38 +313,64 @@ fn print_row(who: &str, load: &Load, f: &Figures) {
     );
 }
 
-/// Measures one load on all daemons, in turn.
-fn compare(store: &str, load: &Load, daemons: &[(&str, &Daemon)]) {
+/// Who is measured.
+#[derive(Clone, Copy)]
+enum Runner<'a> {
+    Ours(&'a Daemon),
+    /// Ours with other options.
+    OursToo(&'a Daemon),
+    Peer(&'a Daemon),
+    /// No daemon at all.
+    Floor(&'a Floor),
+}
+
+impl Runner<'_> {
+    fn run(self, load: &Load, time: Duration) -> Figures {
+        match self {
+            Self::Ours(daemon) | Self::OursToo(daemon) | Self::Peer(daemon) => {
+                let mut client = Client::new(daemon, load);
+                client.warm_up(load);
+                client.run(daemon, load, time)
+            }
+            Self::Floor(floor) => floor.run(load, time),
+        }
+    }
+}
+
+/// Measures one load on all, in turn.
+fn compare(store: &str, load: &Load, runners: &[(&str, Runner<'_>)]) {
     println!("  {store}: {}", load.name);
-    let mut runs: Vec<Vec<Figures>> = vec![Vec::new(); daemons.len()];
+    let mut runs: Vec<Vec<Figures>> = vec![Vec::new(); runners.len()];
     let count = std::env::var("OUTBOARD_BENCH_RUNS").map_or(RUNS, |count| count.parse().unwrap());
     for run in 0..=count {
-        for (at, (_, daemon)) in daemons.iter().enumerate() {
-            let mut client = Client::new(daemon, load);
+        for (at, (_, runner)) in runners.iter().enumerate() {
             let warm_up = run == 0;
             let time = if warm_up { RUN_TIME / 8 } else { RUN_TIME };
-            client.warm_up(load);
-            let figures = client.run(daemon, load, time);
+            let figures = runner.run(load, time);
             if !warm_up {
                 runs[at].push(figures);
             }
         }
     }
     let medians: Vec<Figures> = runs.iter().map(|r| median_of(r)).collect();
-    for ((who, _), figures) in daemons.iter().zip(&medians) {
+    let mut peers = Vec::new();
+    for ((who, runner), figures) in runners.iter().zip(&medians) {
         print_row(who, load, figures);
+        if let Runner::Peer(_) = runner {
+            peers.push(*figures);
+        }
     }
-    if let [ours, peers @ ..] = medians.as_slice()
-        && !peers.is_empty()
-    {
-        let least = |field: fn(&Figures) -> f64| peers.iter().map(field).fold(f64::MAX, f64::min);
-        let most_iops = peers.iter().map(|f| f.iops).fold(0.0, f64::max);
-        println!(
-            "    ratio: CPU {:.2}   IOPS {:.2}   p50 {:.2}",
-            ours.cpu_us / least(|f| f.cpu_us),
-            ours.iops / most_iops,
-            ours.p50_us / least(|f| f.p50_us)
-        );
+    let least = |field: fn(&Figures) -> f64| peers.iter().map(field).fold(f64::MAX, f64::min);
+    let most_iops = peers.iter().map(|f| f.iops).fold(0.0, f64::max);
+    for ((who, runner), figures) in runners.iter().zip(&medians) {
+        if !matches!(runner, Runner::Peer(_)) {
+            println!(
+                "    ratio of {who}: CPU {:.2}   IOPS {:.2}   p50 {:.2}",
+                figures.cpu_us / least(|f| f.cpu_us),
+                figures.iops / most_iops,
+                figures.p50_us / least(|f| f.p50_us)
+            );
+        }
     }
 }
 
@@ -355,22 +401,52 @@ fn measure_on(
         for load in wanted {
             let [ours, other] =
                 if load.polling { [&ours_polling, &polls] } else { [&ours, &plain] };
-            compare(name, load, &[("ours", ours), ("the other", other)]);
+            let runners = [("ours", Runner::Ours(ours)), ("the other", Runner::Peer(other))];
+            compare(name, load, &runners);
         }
         return;
     }
+    let on_disk = match store {
+        Store::Disk(path) => Some(OnDisk::new(dir.path(), store, path)),
+        _ => None,
+    };
     let peer = start_peer(root, dir.path(), store, false);
     let peer_iothread = start_peer(root, dir.path(), store, true);
     pin(client);
     for load in wanted {
         if load.polling {
-            compare(name, load, &[("ours", &ours_polling), ("qemu", &peer)]);
-        } else {
-            compare(
-                name,
-                load,
-                &[("ours", &ours), ("qemu", &peer), ("qemu iothread", &peer_iothread)],
-            );
+            let runners = [("ours", Runner::Ours(&ours_polling)), ("qemu", Runner::Peer(&peer))];
+            compare(name, load, &runners);
+            continue;
+        }
+        let mut runners = vec![("ours", Runner::Ours(&ours))];
+        if let Some(disk) = &on_disk {
+            runners.push(("ours, reg.", Runner::OursToo(&disk.registering)));
+        }
+        runners.push(("qemu", Runner::Peer(&peer)));
+        runners.push(("qemu iothread", Runner::Peer(&peer_iothread)));
+        if let Some(disk) = on_disk.as_ref().filter(|_| !load.unpinned) {
+            runners.extend(disk.floors.iter().map(|floor| (floor.name, Runner::Floor(floor))));
+        }
+        compare(name, load, &runners);
+    }
+}
+
+/// What is measured besides where the kernel has most of the work.
+struct OnDisk {
+    /// Ours with guest memory registered.
+    registering: Daemon,
+    floors: [Floor; 4],
+}
+
+impl OnDisk {
+    fn new(dir: &Path, store: &Store, path: &Path) -> Self {
+        let [disk, polling] = arguments(store, false);
+        let arguments = [disk, polling, "--register-memory".to_owned()];
+        let socket = dir.join("ours-registering");
+        Self {
+            registering: Daemon::start("vhost-user-blk", &socket, &arguments).unwrap(),
+            floors: Floor::kinds(path),
         }
     }
 }

@@ -4,7 +4,8 @@
 //! daemon is pinned to another. What is compared is the daemon's CPU time for each operation (all its
 //! threads, from schedstat) and operations per second. Each number is the median of the rounds; in each
 //! round all daemons run in turn. `x4` and `x16` are requests in flight. With four queues nothing is pinned
-//! and the client sleeps while it waits.
+//! and the client sleeps while it waits. Some cases have a floor: CPU time of the barest system calls for the
+//! same, in a plain loop of the client's, in the same rounds.
 //!
 //! Words after the benchmark's name choose the cases whose names, or whose sections' titles, contain one
 //! of them; `million` is a case. `$OUTBOARD_BENCH_DIR` is where the disk's cases keep their file.
@@ -14,6 +15,8 @@
 
 #[path = "fs/cases.rs"]
 mod cases;
+#[path = "fs/floors.rs"]
+mod floors;
 #[path = "fs/million.rs"]
 mod million;
 
@@ -140,6 +143,7 @@ fn compare(root: &ToolRoot, section: &Section, cases: &[&Case], dir: &Path) -> R
     // [contestant][case] → values of each round
     let mut cpu = vec![vec![Vec::new(); cases.len()]; CONTESTANTS.len()];
     let mut rate = cpu.clone();
+    let mut floors = vec![Vec::new(); cases.len()];
     for _ in 0..ROUNDS {
         for (who, contestant) in CONTESTANTS.iter().enumerate() {
             let queues = if contestant.peer { 1 } else { section.queues };
@@ -153,6 +157,11 @@ fn compare(root: &ToolRoot, section: &Section, cases: &[&Case], dir: &Path) -> R
             drop(daemon);
             std::thread::sleep(Duration::from_millis(20));
         }
+        for (floor, case) in floors.iter_mut().zip(cases) {
+            if let Some(one) = case.floor {
+                floor.push(floors::measure(one, &shared, case.count)?);
+            }
+        }
     }
     println!("\n{}; median of {ROUNDS} rounds", section.title);
     println!("{:18} {:>41}   {:>41}   ours / better peer", "", "daemon CPU, us/op", "operations/s");
@@ -161,17 +170,17 @@ fn compare(root: &ToolRoot, section: &Section, cases: &[&Case], dir: &Path) -> R
         CONTESTANTS.iter().for_each(|who| print!(" {:>13}", who.name));
         print!("  ");
     }
-    println!("      CPU     rate  aim");
+    println!("      CPU     rate    floor  aim");
     for (case, what) in cases.iter().enumerate() {
         let us: Vec<f64> = cpu.iter_mut().map(|who| median(&mut who[case])).collect();
         let ops: Vec<f64> = rate.iter_mut().map(|who| median(&mut who[case])).collect();
-        print_row(what, &us, &ops);
+        print_row(what, &us, &ops, median(&mut floors[case]));
     }
     Ok(())
 }
 
-/// One case's line: ours first in both `us` and `ops`.
-fn print_row(case: &Case, us: &[f64], ops: &[f64]) {
+/// One case's line: ours first in both `us` and `ops`; the floor is NaN where there is none.
+fn print_row(case: &Case, us: &[f64], ops: &[f64], floor: f64) {
     print!("{:18}", case.name);
     us.iter().for_each(|value| print!(" {value:>13.2}"));
     print!("  ");
@@ -179,6 +188,8 @@ fn print_row(case: &Case, us: &[f64], ops: &[f64]) {
     let cpu = us[0] / us[1..].iter().copied().fold(f64::INFINITY, f64::min);
     let rate = ops[0] / ops[1..].iter().copied().fold(0.0, f64::max);
     print!("   {cpu:>6.2} x {rate:>6.2} x");
+    let floor = if floor.is_nan() { String::new() } else { format!("{floor:.2} us") };
+    print!(" {floor:>8}");
     let (met, aim) = match case.aim {
         Aim::None => return println!(),
         Aim::Cpu(most) => (cpu <= most, format!("CPU <= {most} x")),

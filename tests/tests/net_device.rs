@@ -391,6 +391,44 @@ fn a_flood_one_way_does_not_starve_the_other() {
     }
 }
 
+/// More than a gigabit a second: the device looks at the ring of its own accord, asks for next to no kicks,
+/// and afterwards for each again.
+#[test]
+fn kicks_are_asked_for_in_bulk_no_more_and_afterwards_again() {
+    for format in RingFormat::ALL {
+        let Some(mut b) = bench_with(format, NO_MQ, 256, &[]) else { return };
+        b.expect_arp();
+        let length = 30_000;
+        let mut frame = [&[0; HEADER][..], &[0xff; 6], &ME, &[0x88, 0xb5]].concat();
+        frame.resize(length, 0);
+        b.ram.write(b.out, &frame);
+        let buffer = Buffer::readable(b.out, u32::try_from(length).unwrap());
+        let (mut sent, mut used, mut kicks) = (0u64, 0u64, 0u64);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(500) {
+            // A few at a time, so that the ring is empty now and then.
+            for _ in 0..8 {
+                assert!(b.queues[1].add(&[buffer], 0));
+                sent += 1;
+            }
+            kicks += u64::from(b.queues[1].kick());
+            for _ in 0..8 {
+                b.queues[1].poll_used(TIMEOUT).unwrap();
+                used += 1;
+            }
+        }
+        eprintln!("{format:?}: {sent} frames, {kicks} kicks");
+        assert_eq!(sent, used);
+        assert!(kicks * 8 <= sent / 2, "{kicks} kicks for {sent} frames");
+        // It is quiet now: the device sleeps, and is woken by a frame.
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(b.queues[1].add(&[buffer], 0));
+        assert!(b.queues[1].kick(), "the device asked for no kick");
+        b.queues[1].wait(TIMEOUT).unwrap();
+        b.expect_arp();
+    }
+}
+
 #[test]
 fn front_ends_come_and_go_and_one_may_be_killed() {
     let Some(mut b) = bench(RingFormat::Split, NO_MQ, &[]) else { return };

@@ -191,6 +191,31 @@ fn uml_on_a_tap_in_a_name_space_given_by_path() {
     exchange(root, &pod, dir.path(), &daemon);
 }
 
+/// What the other guest of a switch does.
+const SERVE: &str = r#"
+ip link set eth0 up
+ip address add 10.9.0.1/24 dev eth0
+iperf3 --server --forceflush
+"#;
+
+#[test]
+fn two_guests_talk_over_the_switch() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let sockets = ["a.sock", "b.sock"].map(|name| dir.path().join(name));
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.arg("--switch");
+    for socket in &sockets {
+        command.arg("--port").arg(format!("socket={}", socket.display()));
+    }
+    let _daemon = Daemon::start_command("vhost-user-net", command, &sockets[1]).unwrap();
+    let guest = |socket: &Path| UmlGuest::new(root).device(socket, VirtioId::Net);
+    let mut server = guest(&sockets[0]).start(&Job::from_script(SERVE)).unwrap();
+    server.wait_for("Server listening", TIMEOUT).unwrap();
+    let client = guest(&sockets[1]).run(&Job::from_script(EXCHANGE), TIMEOUT).unwrap();
+    client.expect_success();
+}
+
 #[test]
 fn uml_on_a_macvtap() {
     let Some(root) = ToolRoot::for_test() else { return };

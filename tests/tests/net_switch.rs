@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use testkit::daemon::{self, Daemon};
-use testkit::driver::{Buffer, GuestQueue, RingFormat};
+use testkit::driver::{Buffer, GuestQueue, RingFormat, wait_readable};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::memory::GuestRam;
 use virtio_bindings::virtio_net as v;
@@ -122,6 +122,21 @@ fn metric(socket: &Path, name: &str) -> u64 {
     UnixStream::connect(socket).unwrap().read_to_string(&mut text).unwrap();
     let lines = text.lines().filter(|l| l.contains(name) && !l.starts_with('#'));
     lines.map(|l| l.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+/// Without a control queue there is no third one; a front end that starts it all the same must not get a
+/// second worker, which would take the port's receive queue away.
+#[test]
+fn a_queue_that_a_port_has_not_is_not_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_daemon, _metrics) = switch(dir.path(), &["", ""]);
+    let features = NO_MQ & !(1 << v::VIRTIO_NET_F_CTRL_VQ);
+    let mut strange = Guest::new(dir.path(), 0, RingFormat::Split, features, 4);
+    let mut other = Guest::new(dir.path(), 1, RingFormat::Split, NO_MQ, 4);
+    assert!(wait_readable(strange.queues[2].err_fd(), TIMEOUT).unwrap());
+    let hello = frame(ALL, mac(1), 60);
+    other.send(PLAIN, &hello);
+    strange.expect(&hello);
 }
 
 #[test]

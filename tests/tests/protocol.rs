@@ -129,6 +129,67 @@ fn every_message_in_every_shape() {
     }
 }
 
+/// A number that may be in place, at an edge, or anything.
+fn odd_number(dice: &mut Dice) -> u32 {
+    let numbers = [0, 1, 8, 63, 64, 65, 0x7fff, 0x8000, 0x8000_8000, 0x8040_0000, u32::MAX];
+    match dice.roll(4) {
+        0 => u32::try_from(dice.roll(1 << 32)).unwrap(),
+        _ => numbers[dice.roll(numbers.len())],
+    }
+}
+
+/// One step of a front end that has lost its mind. What is refused is refused.
+fn odd_request(front_end: &mut FrontEnd, queues: &[GuestQueue], offered: u64, dice: &mut Dice) {
+    let index = u16::try_from(dice.roll(3)).unwrap();
+    let queue = &queues[dice.roll(queues.len())];
+    let number = odd_number(dice);
+    let half = u16::try_from(number & 0xffff).unwrap();
+    let _ = match dice.roll(10) {
+        0 | 1 => front_end.set_vring_base(index, number),
+        2 => front_end.set_vring_num(index, half),
+        3 => front_end.set_vring_addr(index, queue.addresses(), None),
+        4 => front_end.set_vring_kick(index, Some(queue.kick_fd().as_fd())),
+        5 => front_end.set_vring_enable(index, dice.roll(3) > 0),
+        6 => front_end.get_vring_base(index).map(drop),
+        7 => front_end.set_features(offered & (u64::from(number) << 16 | 1 << 32)),
+        8 => front_end.get_inflight(2, half).and_then(|file| front_end.set_inflight(&file)),
+        _ => front_end.set_status(half.to_le_bytes()[0]),
+    };
+}
+
+/// Rings in which anything may stand, and a front end that says anything of them.
+#[test]
+fn no_ring_and_no_order_of_requests_ends_the_daemon() {
+    let mut disk = Disk::memory();
+    let mut dice = Dice(2026);
+    let ram = GuestRam::new(1 << 20).unwrap();
+    let options =
+        |format| AttachOptions { queues: 2, queue_size: 64, ..AttachOptions::new(format) };
+    for round in 0..200 {
+        let mut front_end = disk.connect();
+        let offered = front_end.get_features().unwrap();
+        let format = RingFormat::ALL[round % RingFormat::ALL.len()];
+        let (queues, _inflight) = front_end.attach(&ram, &options(format)).unwrap();
+        for _ in 0..60 {
+            let queue = &queues[dice.roll(queues.len())];
+            for _ in 0..dice.roll(8) {
+                let area = &queue.areas()[dice.roll(3)];
+                let value = odd_number(&mut dice);
+                // The first few words are those that are read first.
+                let words = (area.len() / 4).min(1 << dice.roll(7));
+                area.store32(4 * dice.roll(words), value);
+            }
+            queue.kick_fd().signal();
+            odd_request(&mut front_end, &queues, offered, &mut dice);
+        }
+        assert!(is_alive(&front_end), "round {round}:\n{}", disk.daemon.log());
+    }
+    for format in RingFormat::ALL {
+        disk.works(format);
+    }
+    assert!(!disk.daemon.log().contains("panicked"), "{}", disk.daemon.log());
+}
+
 #[test]
 fn a_stream_that_is_no_vhost_user_ends_only_its_connection() {
     let mut disk = Disk::memory();

@@ -455,13 +455,12 @@ impl BlkWorker {
         let slot = &mut self.slots[at as usize];
         slot.stage = Stage::Free;
         slot.status.write(&[status as u8]);
-        if let Some(queue) = cx.queues.get(slot.queue) {
-            queue.push(&mut slot.chain, slot.written);
-            if let Some(Some(gauges)) = self.gauges.get(usize::from(slot.queue)) {
-                gauges.in_flight.set(u64::from(queue.in_flight()));
-                if let Some(begun) = slot.begun.take() {
-                    gauges.latency.record_since(begun, 1);
-                }
+        let Some(queue) = cx.queues.get(slot.queue) else { return self.free.push(at) };
+        queue.push(&mut slot.chain, slot.written);
+        if let Some(Some(gauges)) = self.gauges.get(usize::from(slot.queue)) {
+            gauges.in_flight.set(u64::from(queue.in_flight()));
+            if let Some(begun) = slot.begun.take() {
+                gauges.latency.record_between(begun, cx.now(), 1);
             }
         }
         self.free.push(at);
@@ -506,7 +505,7 @@ impl UringHandler for BlkWorker {
             self.show(index);
         }
         // One of each batch: two looks at the clock cost more than a small request's own work.
-        let mut begun = Some(Instant::now());
+        let mut begun = Some(cx.now());
         for _ in 0..BUDGET {
             let at = self.take_slot();
             let slot = &mut self.slots[at as usize];

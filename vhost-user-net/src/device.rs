@@ -142,6 +142,8 @@ impl Device for NetDevice {
 
     fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
         if let Some(port) = self.shared.backend.switch_port() {
+            // Two workers of one port would take its receive queue from each other.
+            anyhow::ensure!(worker == 0, "there is no queue pair {worker}");
             let event_loop = EventLoop::new(SwitchWorker::new(self.shared.clone(), port))?;
             return Ok(Box::new(move |control| event_loop.run(control)));
         }

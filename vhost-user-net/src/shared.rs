@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use outboard_common::metrics::{Counter, DeviceMetrics, Histogram};
 use outboard_common::rate_limiter::RateLimiter;
 use outboard_common::vhost_user::backend_channel::BackendChannel;
+use outboard_common::warn_limited;
 use virtio_bindings::virtio_net as v;
 
 use crate::backend::Backend;
@@ -193,7 +194,7 @@ impl Shared {
         self.features.store(features, Ordering::Release);
         let header = crate::header::header_size(features);
         if let Err(error) = self.backend.set_header_size(header) {
-            tracing::error!(device = %self.name, header, %error, "the back end cannot use this header");
+            warn_limited!(device = %self.name, header, %error, "the back end cannot use this header");
         }
         self.set_guest_offloads(features & GUEST_OFFLOADS);
     }
@@ -203,7 +204,7 @@ impl Shared {
         self.offloads.store(offloads, Ordering::Relaxed);
         let result = self.backend.set_guest_offloads(offloads);
         if let Err(error) = &result {
-            tracing::error!(device = %self.name, offloads, %error, "the back end refuses these offloads");
+            warn_limited!(device = %self.name, offloads, %error, "the back end refuses these offloads");
         }
         result.is_ok()
     }

@@ -15,6 +15,7 @@
 mod fetch;
 mod frame_io;
 mod moderation;
+mod pace;
 mod rest;
 mod rx;
 pub(crate) mod switch;
@@ -26,18 +27,20 @@ use std::time::Instant;
 
 use epoll::Events;
 use outboard_common::ring::{Chain, Queue};
+use outboard_common::warn_limited;
 use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
 use self::frame_io::FrameIo;
-use self::moderation::{Bulk, Moderation, OF_BULK, of_sent_frames};
+use self::moderation::{Moderation, OF_BULK, Rule, of_sent_frames};
+use self::pace::{Bulk, NEAR, PACE, is_roomy};
 use self::rest::Rest;
 use self::rx::RxSide;
 use self::tx::TxSide;
 use crate::backend::user::{News, UserLink};
 use crate::batch::BatchIo;
 use crate::config::{S_ANNOUNCE, S_LINK_UP};
-use crate::control::{self, Coalescing, Command, MAX_COMMAND_SIZE, Negotiated};
+use crate::control::{self, Command, MAX_COMMAND_SIZE, Negotiated};
 use crate::header::header_size;
 use crate::shared::{Flow, PairMetrics, Shared};
 use crate::stream::FrameStream;
@@ -81,9 +84,12 @@ pub struct NetWorker {
     rx_signals: Moderation,
     tx_signals: Moderation,
     rx_bulk: Bulk,
+    tx_bulk: Bulk,
     /// Whether to be woken by frames, or to look for them later.
     rest: Rest,
     look_at: Option<Instant>,
+    /// In bulk: when to look for frames of the guest, which is not asked to kick meanwhile.
+    tx_look: Option<Instant>,
 }
 
 impl NetWorker {
@@ -114,8 +120,10 @@ impl NetWorker {
             rx_signals: Moderation::default(),
             tx_signals: Moderation::default(),
             rx_bulk: Bulk::new(Instant::now()),
+            tx_bulk: Bulk::new(Instant::now()),
             rest: Rest::new(Instant::now()),
             look_at: None,
+            tx_look: None,
         })
     }
 
@@ -126,17 +134,31 @@ impl NetWorker {
     /// The timer of limits and of signals held back: whatever is due first.
     fn set_timer(&self, cx: &mut Context) {
         let signals = [self.rx_signals.due(), self.tx_signals.due()];
-        let all = [self.rx_at, self.tx_at, self.look_at].into_iter().chain(signals);
+        let all = [self.rx_at, self.tx_at, self.look_at, self.tx_look].into_iter().chain(signals);
         cx.set_timer(all.flatten().min());
+    }
+
+    /// Whether rings and back end are looked at now and then, and not waited for.
+    fn is_paced(&self, now: Instant, ring_size: u16) -> bool {
+        is_roomy(ring_size)
+            && (self.rx_bulk.is_on(now) || self.tx_bulk.is_on(now))
+            && self.io.as_ref().is_some_and(FrameIo::has_ring)
     }
 
     fn receive(&mut self, index: u16, cx: &mut Context) -> Progress {
         let now = cx.now();
+        let paced = cx.queues.get(index).is_some_and(|q| self.is_paced(now, q.size()));
         let (Some(io), Some(queue)) = (&mut self.io, cx.queues.get(index)) else {
             return Progress::Waiting;
         };
         self.rx_at = None;
-        let ours = if self.rx_bulk.is_on(now) { OF_BULK } else { Coalescing::default() };
+        let ours = if paced {
+            Rule::EachTurn
+        } else if self.rx_bulk.is_on(now) {
+            OF_BULK
+        } else {
+            Rule::AtOnce
+        };
         self.rx_signals.set(self.shared.coalescing(Flow::Rx), ours, queue);
         let before = self.metrics.rx_frames.get();
         let bytes_before = queue.metrics().bytes_written.get();
@@ -152,7 +174,7 @@ impl NetWorker {
         }
         self.check_connection(cx);
         if turn == Turn::Done {
-            self.rest_or_not(frames, cx);
+            self.rest_or_not(frames, paced, cx);
         }
         match turn {
             Turn::Done | Turn::Full => Progress::Waiting,
@@ -167,19 +189,29 @@ impl NetWorker {
     }
 
     fn transmit(&mut self, index: u16, cx: &mut Context) -> Progress {
+        let now = cx.now();
+        let paced = cx.queues.get(index).is_some_and(|q| self.is_paced(now, q.size()));
         let (Some(io), Some(queue)) = (&mut self.io, cx.queues.get(index)) else {
             return Progress::Waiting;
         };
-        self.tx_at = None;
-        let ours = of_sent_frames(queue.size());
+        (self.tx_at, self.tx_look) = (None, None);
+        let ours = of_sent_frames(queue.size(), paced);
         self.tx_signals.set(self.shared.coalescing(Flow::Tx), ours, queue);
         let before = self.metrics.tx_frames.get();
+        let bytes_before = queue.metrics().bytes_read.get();
         let turn = self.tx.turn(io, queue);
+        self.tx_bulk.add(queue.metrics().bytes_read.get() - bytes_before, now);
+        let ring_size = queue.size();
         self.tx_signals.after_turn(queue, self.metrics.tx_frames.get() - before);
         if self.tx_signals.due().is_some() {
             self.set_timer(cx);
         }
         self.check_connection(cx);
+        if turn == Turn::Done && self.is_paced(now, ring_size) {
+            self.tx_look = Some(Instant::now() + PACE);
+            self.set_timer(cx);
+            return Progress::Waiting;
+        }
         match turn {
             Turn::Done | Turn::NoBuffers => Progress::Emptied,
             // Room is an event of the back end's descriptor.
@@ -194,10 +226,10 @@ impl NetWorker {
     }
 
     /// The back end is empty after `frames` frames: decides how to hear of the next one.
-    fn rest_or_not(&mut self, frames: u64, cx: &mut Context) {
+    fn rest_or_not(&mut self, frames: u64, paced: bool, cx: &mut Context) {
         let Some(io) = self.io.as_ref().filter(|io| io.has_ring()) else { return };
         let was_resting = self.rest.is_on();
-        self.look_at = self.rest.emptied(frames, Instant::now());
+        self.look_at = self.rest.emptied(frames, paced, Instant::now());
         if self.look_at.is_some() {
             self.set_timer(cx);
         }
@@ -345,7 +377,7 @@ fn obey(shared: &Shared, command: &Command) -> bool {
         }
         Command::MacAddr(mac) => {
             if let Err(error) = shared.backend.set_mac(*mac) {
-                tracing::warn!(device = %shared.name, %mac, %error, "the back end refuses this address");
+                warn_limited!(device = %shared.name, %mac, %error, "the back end refuses this address");
                 return false;
             }
             shared.change_config(|config| {
@@ -449,14 +481,23 @@ impl QueueHandler for NetWorker {
             cx.ask(self.rx_queue() + 1);
         }
         let now = Instant::now();
-        if self.look_at.is_some_and(|at| at <= now) {
-            self.look_at = None;
-            self.rx.set_readable();
-            cx.ask(self.rx_queue());
+        // One waking for both directions: the other look is due in a moment.
+        let soon = if self.tx_look.is_some() { now + NEAR } else { now };
+        let is_due = |at: &mut Option<Instant>| at.take_if(|at| *at <= soon).is_some();
+        let (rx, tx) = (self.rx_queue(), self.rx_queue() + 1);
+        // The guest's frames first: what the host's TCP answers them is there for the second look.
+        if is_due(&mut self.tx_look) {
+            cx.ask(tx);
         }
-        for (signals, index) in
-            [(&mut self.rx_signals, self.pair * 2), (&mut self.tx_signals, self.pair * 2 + 1)]
-        {
+        if is_due(&mut self.look_at) {
+            self.rx.set_readable();
+            cx.ask(rx);
+        }
+        for (signals, index) in [(&mut self.rx_signals, rx), (&mut self.tx_signals, tx)] {
+            // A turn that is about to come may have more to tell of.
+            if cx.is_asked(index) {
+                continue;
+            }
             if let Some(queue) = cx.queues.get(index) {
                 signals.on_time(queue, now);
             }

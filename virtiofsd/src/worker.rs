@@ -384,6 +384,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
         }
         let done = self.count_batch(begun);
         self.end_batch(queue, done);
+        cx.note_time(done);
         self.before_waiting(cx);
         progress
     }

@@ -38,11 +38,17 @@ impl Histogram {
     #[inline]
     pub fn record_since(&self, begun: Instant, count: u64) -> Instant {
         let now = Instant::now();
-        let elapsed = now.saturating_duration_since(begun).as_nanos();
+        self.record_between(begun, now, count);
+        now
+    }
+
+    /// Counts `count` requests that took from `begun` until `ended`. Only the owning thread may call this.
+    #[inline]
+    pub fn record_between(&self, begun: Instant, ended: Instant, count: u64) {
+        let elapsed = ended.saturating_duration_since(begun).as_nanos();
         let nanoseconds = u64::try_from(elapsed).unwrap_or(u64::MAX);
         self.buckets[bucket_of(nanoseconds)].add(count);
         self.sum_ns.add(nanoseconds.saturating_mul(count));
-        now
     }
 
     /// The counts now.

@@ -35,6 +35,7 @@ use self::split::SplitRing;
 use crate::metrics::QueueMetrics;
 use crate::sys::EventFd;
 use crate::vhost_user::memory::{GuestMemory, MemoryView};
+use crate::warn_limited;
 
 /// The ring features that the formats need to know.
 #[derive(Debug, Clone, Copy)]
@@ -517,7 +518,7 @@ impl Queue {
         if self.retired.is_some() {
             return;
         }
-        tracing::warn!(queue = self.index, %error, "the guest broke this queue; it rests until the driver resets it");
+        warn_limited!(queue = self.index, %error, "the guest broke this queue; it rests until the driver resets it");
         self.retired = Some(error);
         self.metrics.retired.add(1);
         if let Some(err) = &self.err {

@@ -101,6 +101,8 @@ pub struct Context {
     deadline: Option<Instant>,
     /// The time, if it was asked for since the loop last waited.
     now: Cell<Option<Instant>>,
+    /// The time that a handler just knew.
+    noted: Option<Instant>,
     /// Queues to be asked in the next round.
     again: Vec<u16>,
 }
@@ -149,12 +151,24 @@ impl Context {
         now
     }
 
+    /// Tells the loop, which would ask for it next, that it is `now`.
+    #[inline]
+    pub fn note_time(&mut self, now: Instant) {
+        self.noted = Some(now);
+    }
+
     /// Has [`QueueHandler::on_kick`] called for queue `index` before the loop sleeps, as if the driver
     /// had kicked it. A queue that is not running is not asked.
     pub fn ask(&mut self, index: u16) {
-        if !self.again.contains(&index) {
+        if !self.is_asked(index) {
             self.again.push(index);
         }
+    }
+
+    /// Whether queue `index` gets a turn before the loop sleeps, because of [`Self::ask`] or a kick.
+    #[must_use]
+    pub fn is_asked(&self, index: u16) -> bool {
+        self.again.contains(&index)
     }
 }
 
@@ -267,6 +281,7 @@ impl<H: QueueHandler> EventLoop<H> {
             epoll,
             deadline: None,
             now: Cell::new(None),
+            noted: None,
             again: Vec::new(),
         };
         Ok(Self {
@@ -389,14 +404,15 @@ impl<H: QueueHandler> EventLoop<H> {
                 }
                 Progress::Emptied => {}
             }
-            let (now, rest) = (self.cx.now.get(), self.handler.rest(index));
+            let (noted, rest) = (self.cx.noted.take(), self.handler.rest(index));
+            let now = || noted.unwrap_or_else(Instant::now);
             let Some(queue) = self.cx.queues.get(index) else { return };
             let came = queue.metrics().requests.get().wrapping_sub(before);
-            let until = |length| now.unwrap_or_else(Instant::now) + rest * length;
+            let until = |length| now() + rest * length;
             if !rest.is_zero() && self.rests.begin(index, (came, queue.size()), until) {
                 return;
             }
-            if linger.is_zero() || !self.linger.look(linger, || queue.has_available()) {
+            if linger.is_zero() || !self.linger.look(now, linger, || queue.has_available()) {
                 if !queue.enable_notifications() {
                     return;
                 }

@@ -35,13 +35,18 @@ impl Habit {
         };
     }
 
-    /// Looks whether there is something, by `found`, for `time` at the most, if there is a chance; whether
-    /// there was.
-    pub(super) fn look(&mut self, time: Duration, found: impl Fn() -> bool) -> bool {
+    /// Looks whether there is something, by `found`, from `now` on and for `time` at the most, if there is a
+    /// chance; whether there was.
+    pub(super) fn look(
+        &mut self,
+        now: impl FnOnce() -> Instant,
+        time: Duration,
+        found: impl Fn() -> bool,
+    ) -> bool {
         if !self.chance() {
             return false;
         }
-        let start = Instant::now();
+        let start = now();
         let came = loop {
             // The clock is the dearest part of a round.
             if (0..8).any(|_| {

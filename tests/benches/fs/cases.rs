@@ -6,6 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use testkit::driver::fs::{FsClient, Message, op};
 
+use super::floors::{self, Floor};
+
 /// Size of the file that is read and written, bytes.
 pub(crate) const FILE_BYTES: u64 = 64 << 20;
 /// Entries of the directory that is listed.
@@ -34,6 +36,15 @@ pub(crate) struct Case {
     pub(crate) count: usize,
     pub(crate) aim: Aim,
     pub(crate) run: fn(&mut FsClient, &Files, usize) -> Result<()>,
+    /// What it cannot do without.
+    pub(crate) floor: Option<Floor>,
+}
+
+impl Case {
+    const fn over(mut self, floor: Floor) -> Self {
+        self.floor = Some(floor);
+        self
+    }
 }
 
 /// What the client found in the shared directory.
@@ -72,11 +83,11 @@ const PLAIN: Section =
     Section { title: "", flags: 0, disk: false, queues: 1, scattered: false, cases: &[] };
 
 const SMALL: &[Case] = &[
-    case("getattr", 10_000, Aim::Cpu(0.45), |c, f, n| getattr(c, f, n, 1)),
+    case("getattr", 10_000, Aim::Cpu(0.45), |c, f, n| getattr(c, f, n, 1)).over(floors::getattr),
     case("getattr x16", 40_000, Aim::Cpu(0.45), |c, f, n| getattr(c, f, n, 16)),
-    case("lookup", 10_000, Aim::Cpu(0.45), |c, _, n| lookup(c, n, 1)),
+    case("lookup", 10_000, Aim::Cpu(0.45), |c, _, n| lookup(c, n, 1)).over(floors::lookup),
     case("lookup x16", 40_000, Aim::Cpu(0.45), |c, _, n| lookup(c, n, 16)),
-    case("read 4k", 10_000, Aim::Cpu(0.6), |c, f, n| read(c, f, n, 1, 4096)),
+    case("read 4k", 10_000, Aim::Cpu(0.6), |c, f, n| read(c, f, n, 1, 4096)).over(floors::read),
     case("read 4k x4", 20_000, Aim::Cpu(0.6), |c, f, n| read(c, f, n, 4, 4096)),
     case("read 4k x16", 40_000, Aim::Cpu(0.6), |c, f, n| read(c, f, n, 16, 4096)),
     case("write 4k", 8_000, Aim::None, |c, f, n| write(c, f, n, 1, 4096)),
@@ -84,8 +95,9 @@ const SMALL: &[Case] = &[
 ];
 
 const TREE: &[Case] = &[
-    case("stat 10k files", 10_000, Aim::Cpu(0.45), stat_each),
-    case("create+unlink", 4000, Aim::PerCpu(1.5), |c, _, n| create_unlink(c, n)),
+    case("stat 10k files", 10_000, Aim::Cpu(0.45), stat_each).over(floors::stat_each),
+    case("create+unlink", 4000, Aim::PerCpu(1.5), |c, _, n| create_unlink(c, n))
+        .over(floors::create_unlink),
     case("readdir 10k", 30, Aim::None, |c, f, n| list(c, f, n, op::READDIR)),
     case("readdirplus 10k", 10, Aim::None, |c, f, n| list(c, f, n, op::READDIRPLUS)),
 ];
@@ -97,7 +109,7 @@ const LARGE: &[Case] = &[
 ];
 
 const CACHED: &[Case] = &[
-    case("read 4k", 10_000, Aim::Cpu(0.6), |c, f, n| read(c, f, n, 1, 4096)),
+    case("read 4k", 10_000, Aim::Cpu(0.6), |c, f, n| read(c, f, n, 1, 4096)).over(floors::read),
     case("read 4k x4", 20_000, Aim::Cpu(0.6), |c, f, n| read(c, f, n, 4, 4096)),
     case("write 4k", 5_000, Aim::None, |c, f, n| write(c, f, n, 1, 4096)),
     case("write 4k x4", 5_000, Aim::None, |c, f, n| write(c, f, n, 4, 4096)),
@@ -122,7 +134,7 @@ const fn case(
     aim: Aim,
     run: fn(&mut FsClient, &Files, usize) -> Result<()>,
 ) -> Case {
-    Case { name, count, aim, run }
+    Case { name, count, aim, run, floor: None }
 }
 
 fn named(parent: u64, opcode: u32, name: &str) -> Message {
@@ -131,7 +143,7 @@ fn named(parent: u64, opcode: u32, name: &str) -> Message {
 }
 
 /// Where operation `i` of `size` bytes goes: small ones jump about the file, large ones go through it.
-fn place(i: usize, size: u32) -> u64 {
+pub(crate) fn place(i: usize, size: u32) -> u64 {
     let size = u64::from(size);
     let step = if size > 4096 { 1 } else { 0x9e37_79b9_7f4a_7c15 };
     (i as u64).wrapping_mul(step) % (FILE_BYTES / size) * size

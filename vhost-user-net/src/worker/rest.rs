@@ -9,6 +9,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::pace::PACE;
+
 /// How long to rest. At a million frames a second about one batch gathers.
 pub(super) const REST: Duration = Duration::from_micros(30);
 /// The rate is looked at over this time,
@@ -38,8 +40,12 @@ impl Rest {
     }
 
     /// The back end was read until it was empty, with so many frames since the last time. Gives until when
-    /// to rest; `None`: be woken by the next frame.
-    pub(super) fn emptied(&mut self, frames: u64, now: Instant) -> Option<Instant> {
+    /// to rest; `None`: be woken by the next frame. `paced`: bytes come fast, see [`super::pace`].
+    pub(super) fn emptied(&mut self, frames: u64, paced: bool, now: Instant) -> Option<Instant> {
+        if paced {
+            (self.resting, self.since, self.frames) = (true, now, 0);
+            return Some(now + PACE);
+        }
         self.frames += frames;
         let past = now.saturating_duration_since(self.since);
         if self.resting {
@@ -67,7 +73,7 @@ mod tests {
         let mut rest = Rest::new(now);
         (0..1000).any(|_| {
             now += gap;
-            rest.emptied(frames, now).is_some()
+            rest.emptied(frames, false, now).is_some()
         })
     }
 
@@ -86,11 +92,22 @@ mod tests {
         let mut now = Instant::now();
         let mut rest = Rest::new(now);
         now += WINDOW;
-        assert_eq!(rest.emptied(100, now), Some(now + REST));
+        assert_eq!(rest.emptied(100, false, now), Some(now + REST));
         for _ in 0..100 {
             now += REST;
-            assert_eq!(rest.emptied(REST_FRAMES, now), Some(now + REST));
+            assert_eq!(rest.emptied(REST_FRAMES, false, now), Some(now + REST));
         }
-        assert!(rest.emptied(REST_FRAMES - 1, now + REST).is_none() && !rest.is_on());
+        assert!(rest.emptied(REST_FRAMES - 1, false, now + REST).is_none() && !rest.is_on());
+    }
+
+    #[test]
+    fn a_pace_is_kept_whatever_comes_and_left_with_it() {
+        let now = Instant::now();
+        let mut rest = Rest::new(now);
+        for frames in [0, 1, 100] {
+            assert_eq!(rest.emptied(frames, true, now), Some(now + PACE));
+            assert!(rest.is_on());
+        }
+        assert!(rest.emptied(1, false, now + PACE).is_none() && !rest.is_on());
     }
 }

@@ -47,10 +47,11 @@ pub(super) struct RxSide {
     shared: Arc<Shared>,
     metrics: PairMetrics,
     /// Chains taken from the ring and not used, oldest first.
-    staged: VecDeque<Chain>,
+    staged: VecDeque<Box<Chain>>,
     /// Their writable bytes.
     staged_bytes: usize,
-    spare: Vec<Chain>,
+    #[allow(clippy::vec_box, reason = "chains go from here to `staged` and back, as pointers")]
+    spare: Vec<Box<Chain>>,
     frames: Box<[FrameMemory]>,
     /// One room of [`SPILL_SIZE`] per read; pages of it that nothing spilled to take no memory.
     spill: Vec<u8>,

@@ -84,8 +84,21 @@ impl PassthroughFs {
         id: u64,
         handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
-        let stat = self.statx_of(id, handle, 0, libc::STATX_BASIC_STATS)?;
-        Ok((self.guest_stat(&stat), self.timeout))
+        let file = handle.and_then(|handle| self.file(id, handle).ok());
+        let stat = match file {
+            Some(file) => sys::fstat(file.fd.as_fd()),
+            None => match self.inodes.fd(id) {
+                Some(fd) => sys::fstat(fd.as_fd()),
+                None => {
+                    let stat = self.statx_cold(id, 0, libc::STATX_BASIC_STATS)?;
+                    return Ok((self.guest_stat(&stat), self.timeout));
+                }
+            },
+        };
+        let mut stat = stat?;
+        stat.st_uid = self.config.uid_map.guest(stat.st_uid);
+        stat.st_gid = self.config.gid_map.guest(stat.st_gid);
+        Ok((stat, self.timeout))
     }
 
     /// STATX.

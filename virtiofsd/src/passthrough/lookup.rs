@@ -182,7 +182,7 @@ impl PassthroughFs {
     }
 
     /// As [`Self::statx_node`], of a node without an fd.
-    fn statx_cold(&self, id: u64, flags: i32, mask: u32) -> io::Result<libc::statx> {
+    pub(super) fn statx_cold(&self, id: u64, flags: i32, mask: u32) -> io::Result<libc::statx> {
         if let Some(stat) = self.statx_by_name(id, flags) {
             return Ok(stat);
         }

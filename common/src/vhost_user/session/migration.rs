@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::MemfdFlags;
+use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use vm_memory::{FileOffset, MmapRegion};
 use zerocopy::IntoBytes;
@@ -18,6 +19,7 @@ use crate::device::Device;
 use crate::ring::InflightRegion;
 use crate::ring::inflight::region_size;
 use crate::sys::EventFd;
+use crate::warn_limited;
 
 /// The inflight file that the front end keeps for us.
 #[derive(Debug)]
@@ -109,8 +111,8 @@ impl Session {
         Ok(())
     }
 
-    /// SET_LOG_BASE. Answered with a zero when LOG_SHMFD was negotiated, which it must have been
-    /// for a descriptor to come.
+    /// SET_LOG_BASE. Answered with a zero when LOG_SHMFD was negotiated; a front end that sent a descriptor
+    /// without it expects nothing.
     pub(super) fn set_log_base(
         &mut self,
         size: u64,
@@ -120,7 +122,7 @@ impl Session {
         let log = DirtyLog::map(fd.ok_or(MemoryError::NoFd)?, offset, size)?;
         self.log = Some(Arc::new(log));
         self.update_log();
-        Ok(Reply::Number(0))
+        Ok(if self.has_protocol(P::LOG_SHMFD) { Reply::Number(0) } else { Reply::Done })
     }
 
     /// Publishes the log when the features want one, takes it away when not.
@@ -173,7 +175,7 @@ impl Session {
         match transfer.thread.join() {
             Ok(Ok(())) => Ok(Reply::Number(0)),
             Ok(Err(error)) => {
-                tracing::error!(error = format!("{error:#}"), "the device state did not make it");
+                warn_limited!(error = format!("{error:#}"), "the device state did not make it");
                 Ok(Reply::Number(1))
             }
             Err(_panic) => Ok(Reply::Number(1)),

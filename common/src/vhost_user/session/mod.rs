@@ -44,6 +44,7 @@ use crate::cli::{SocketArgs, WorkerArgs};
 use crate::device::Device;
 use crate::metrics::QueueMetrics;
 use crate::sys::EventFd;
+use crate::warn_limited;
 use crate::worker::{WorkerOptions, WorkerPool};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
@@ -66,6 +67,8 @@ pub const PROTOCOL_FEATURES: u64 = P::MQ.bits()
 
 /// Configuration space, the vhost-user limit in bytes.
 const MAX_CONFIG: u32 = 4096;
+/// Bytes of the answer to GET_SHMEM_CONFIG: a count and 256 sizes.
+const SHMEM_CONFIG_SIZE: usize = 8 + 8 * 256;
 /// A front end that was silent for so long has set its devices up.
 const SETTLING: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
@@ -245,7 +248,7 @@ impl Session {
         let request = match wire::parse(header.request, &body, fds.len()) {
             Ok(request) => request,
             Err(error) => {
-                tracing::warn!(%error, "a request was refused");
+                warn_limited!(%error, "a request was refused");
                 return self.answer_failure(&header);
             }
         };
@@ -253,7 +256,7 @@ impl Session {
         match self.carry_out(request, fds) {
             Ok(reply) => self.answer(&header, reply),
             Err(error) => {
-                tracing::warn!(request = header.request, %error, "a request was refused");
+                warn_limited!(request = header.request, %error, "a request was refused");
                 self.answer_failure(&header)
             }
         }
@@ -275,8 +278,14 @@ impl Session {
     fn answer_failure(&self, header: &Header) -> std::io::Result<()> {
         use vhost::vhost_user::message::FrontendReq as R;
         let body = match R::try_from(header.request) {
-            // "a zero length reply", specification, VHOST_USER_GET_CONFIG.
-            Ok(R::GET_CONFIG) => Vec::new(),
+            // "a zero length reply", specification, VHOST_USER_GET_CONFIG. The others answer with a
+            // descriptor or a session, and are not there: a front end that asks all the same must not wait.
+            Ok(
+                R::GET_CONFIG
+                | R::POSTCOPY_ADVISE
+                | R::GET_SHARED_OBJECT
+                | R::CREATE_CRYPTO_SESSION,
+            ) => Vec::new(),
             Ok(R::GET_VRING_BASE) => VringState { index: 0, num: 0 }.as_bytes().to_vec(),
             Ok(R::GET_INFLIGHT_FD) => vec![0; size_of::<wire::InflightBody>()],
             // Bit 8: no descriptor of ours; the low byte: the error.
@@ -286,11 +295,10 @@ impl Session {
                 | R::GET_PROTOCOL_FEATURES
                 | R::GET_QUEUE_NUM
                 | R::GET_MAX_MEM_SLOTS
-                | R::GET_STATUS
-                | R::POSTCOPY_ADVISE
-                | R::POSTCOPY_END,
+                | R::GET_STATUS,
             ) => 0u64.as_bytes().to_vec(),
-            Ok(R::CHECK_DEVICE_STATE | R::IOTLB_MSG) => 1u64.as_bytes().to_vec(),
+            Ok(R::CHECK_DEVICE_STATE | R::IOTLB_MSG | R::POSTCOPY_END) => 1u64.as_bytes().to_vec(),
+            Ok(R::GET_SHMEM_CONFIG) => vec![0; SHMEM_CONFIG_SIZE],
             // Always answered then, so a front end waits for it.
             Ok(R::SET_LOG_BASE) if self.has_protocol(P::LOG_SHMFD) => 1u64.as_bytes().to_vec(),
             _ if self.wants_ack(header) => 1u64.as_bytes().to_vec(),
@@ -492,7 +500,7 @@ impl Session {
         self.device.shmem_config_asked();
         let sizes = self.device.shmem_regions();
         let count = sizes.iter().filter(|&&s| s != 0).count();
-        let mut body = vec![0u8; 8 + 8 * 256];
+        let mut body = vec![0u8; SHMEM_CONFIG_SIZE];
         body[..4].copy_from_slice(&u32::try_from(count).unwrap_or(0).to_ne_bytes());
         for (slot, size) in body[8..].chunks_exact_mut(8).zip(&sizes) {
             slot.copy_from_slice(&size.to_ne_bytes());
