@@ -475,6 +475,41 @@ fn requests_are_as_large_as_the_ring_allows() {
     }
 }
 
+/// However large the directory and the guest's buffer are.
+#[test]
+fn a_listing_comes_in_pieces_of_a_mebibyte() {
+    const FILES: usize = 6_000;
+    let (dir, shared) = shared_dir();
+    for i in 0..FILES {
+        fs::write(shared.join(format!("{i:0>200}")), "").unwrap();
+    }
+    let daemon = serve(dir.path(), "s", &[]);
+    let size = Size { ring: 1024, data: 4 << 20, ..Size::new(1, 1) };
+    let mut guest = FsClient::start_sized(daemon.socket(), size).unwrap();
+    let opened = guest.call(Message::new(op::OPENDIR, 1, &[0_u32, 0])).unwrap();
+    let handle = opened.u64_at(0).unwrap();
+    let (mut names, mut offset) = (0, 0);
+    loop {
+        let mut message = Message::new(op::READDIR, 1, &[handle, offset, 2 << 20, 0, 0]);
+        message.data_in = 2 << 20;
+        let answer = guest.call(message).unwrap();
+        assert_eq!(answer.errno, 0);
+        assert!(answer.len <= (1 << 20) + 16, "{} bytes", answer.len);
+        let bytes = guest.ram().bytes(guest.data_at(0).1, answer.len as usize - 16);
+        let mut rest = &bytes[..];
+        if rest.is_empty() {
+            break;
+        }
+        while !rest.is_empty() {
+            offset = u64::from_ne_bytes(rest[8..16].try_into().unwrap());
+            let len = u32::from_ne_bytes(rest[16..20].try_into().unwrap()) as usize;
+            names += usize::from(len == 200);
+            rest = &rest[(24 + len).next_multiple_of(8)..];
+        }
+    }
+    assert_eq!(names, FILES);
+}
+
 #[test]
 fn capabilities_are_told_whatever_else_is_asked() {
     let output = Command::new(bin("virtiofsd").unwrap())

@@ -365,7 +365,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
         // With DAX, such requests may need an answer of the VMM's, which only the worker can put off.
         self.scratch.storage_is_slow =
             self.pace.is_slow() && self.server.file_system().dax_window() == 0;
-        let (mut replies, mut bytes) = (0, 0);
+        let (mut replies, mut bytes) = (0, 0_u32);
         let mut begun = start;
         let mut progress = Progress::More;
         for _ in 0..BUDGET {
@@ -374,7 +374,7 @@ impl<F: Extension> QueueHandler for FsWorker<F> {
                 break;
             }
             let Some(written) = self.serve(queue) else { break };
-            bytes += written;
+            bytes = bytes.saturating_add(written);
             replies += 1;
             if replies >= PUBLISH_AFTER_REPLIES || bytes >= PUBLISH_AFTER_BYTES {
                 queue.publish();

@@ -49,6 +49,10 @@ impl Default for Limits {
 /// value, and BATCH_FORGET's.
 const MAX_BODY: usize = 1 << 20;
 
+/// Bytes of entries in one reply at the most. They are collected in memory of ours, which stays with the
+/// thread, and a guest can make both its directories and its buffers as large as it likes.
+const MAX_LISTING: usize = 1 << 20;
+
 /// The host kernel takes this many iovecs in one call.
 const IOV_MAX: usize = 1024;
 
@@ -463,7 +467,8 @@ impl<F: Extension> Server<F> {
     fn list(&self, args: &wire::ReadIn, plus: bool, call: Call<'_>) -> u32 {
         let (ctx, inode) = (call.ctx, call.header.nodeid);
         let reply = Reply::new(call.writable, call.header.unique);
-        let max = usize::try_from(args.size).unwrap_or(usize::MAX).min(reply.room());
+        let max =
+            usize::try_from(args.size).unwrap_or(usize::MAX).min(reply.room()).min(MAX_LISTING);
         let size = u32::try_from(max).unwrap_or(u32::MAX);
         let mut listing = Listing::new(call.output, max);
         let result = if plus {

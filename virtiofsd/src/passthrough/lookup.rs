@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::sys::{self, FdName, RawHandle};
 use super::{PassthroughFs, birth_of, component, errno, key_of};
-use crate::inode_store::{Handle, NewNode, NodeFd, NodeInfo};
+use crate::inode_store::{Handle, Key, NewNode, NodeFd, NodeInfo};
 
 /// `fuse_attr.flags`: the root of a submount (FUSE_ATTR_SUBMOUNT).
 pub(super) const ATTR_SUBMOUNT: u32 = 1 << 0;
@@ -120,7 +120,7 @@ impl PassthroughFs {
         }
         let file_type = type_of(stat);
         let submount = file_type == libc::S_IFDIR
-            && self.inodes.info(parent).is_some_and(|parent| parent.key.mount != key.mount);
+            && self.inodes.info(parent).is_some_and(|parent| numbers_anew(parent.key, key));
         let verified = fd.is_some();
         let info = NodeInfo { key, birth_ns, file_type, submount, verified, handle };
         match self.inodes.insert(NewNode { info, fd }) {
@@ -290,6 +290,12 @@ impl PassthroughFs {
     }
 }
 
+/// Whether inode numbers below the directory `key` have nothing to do with those of its parent: it is the
+/// root of a mount, or of a subvolume, which btrfs gives a device number of its own on the same mount.
+fn numbers_anew(parent: Key, key: Key) -> bool {
+    (parent.mount, parent.dev) != (key.mount, key.dev)
+}
+
 /// An `O_PATH` fd of `name` in `dir`, or of `dir` itself.
 fn open_path(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
     if name.is_empty() {
@@ -312,5 +318,18 @@ pub(super) fn identity_birth(stat: &libc::statx, handle: &Handle) -> u64 {
             digest.finish() | (1 << 63)
         }
         birth => birth,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_and_subvolumes_number_their_inodes_anew() {
+        let here = Key { ino: 256, mount: 7, dev: 40 };
+        assert!(!numbers_anew(here, Key { ino: 257, ..here }));
+        assert!(numbers_anew(here, Key { mount: 8, ..here }));
+        assert!(numbers_anew(here, Key { dev: 41, ..here }), "a subvolume");
     }
 }
