@@ -258,7 +258,7 @@ fn guest_row(root: &'static ToolRoot, mtu: u32, direction: &str, option: &str) {
     let mut ceiling = Vec::new();
     let text = mtu.to_string();
     for _ in 0..ROUNDS {
-        ceiling.push(tcp::tcp(root, Carrier::BareShared, mtu, option == "-R"));
+        ceiling.push(tcp::tcp(root, Carrier::Bare, mtu, option == "-R"));
         guest_run(root, Which::Ours, &text, option, &mut figures[0]);
         guest_run(root, Which::Passt, &text, option, &mut figures[1]);
     }

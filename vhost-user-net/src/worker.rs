@@ -208,9 +208,16 @@ impl NetWorker {
         }
         self.check_connection(cx);
         if turn == Turn::Done && self.is_paced(now, ring_size) {
-            self.tx_look = Some(Instant::now() + PACE);
-            self.set_timer(cx);
-            return Progress::Waiting;
+            if self.tx_bulk.is_on(now) {
+                self.tx_look = Some(Instant::now() + PACE);
+                self.set_timer(cx);
+                return Progress::Waiting;
+            }
+            // Acknowledgements: what they let the host's TCP send is there now.
+            if self.look_at.take().is_some() {
+                self.rx.set_readable();
+                cx.ask(self.rx_queue());
+            }
         }
         match turn {
             Turn::Done | Turn::NoBuffers => Progress::Emptied,

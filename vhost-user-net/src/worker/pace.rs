@@ -8,6 +8,9 @@
 //! the guest's frames, then the host's: what the host's TCP answers, or sends because the guest's
 //! acknowledgements let it, goes with the same look. So a round trip is longer by one look at the most.
 //!
+//! A guest that mostly receives kicks as ever: its acknowledgements are few, and the host's TCP may have sent
+//! all that it may until they come. With them the back end is looked at, before its time.
+//!
 //! Below that rate, or where a ring would fill up between two looks ([`is_roomy`]), nothing is delayed.
 
 use std::time::{Duration, Instant};
