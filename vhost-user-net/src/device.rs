@@ -15,7 +15,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
 use virtio_bindings::virtio_net as v;
 
 use crate::cli::MTU_MIN;
-use crate::config::{S_ANNOUNCE, S_LINK_UP};
+use crate::config::S_ANNOUNCE;
 use crate::control::MacAddr;
 use crate::shared::Shared;
 use crate::worker::NetWorker;
@@ -77,7 +77,10 @@ impl NetDevice {
     /// Plugs or unplugs the cable, at both ends.
     pub fn set_link(&self, up: bool) -> std::io::Result<()> {
         self.shared.backend.set_link(up)?;
-        self.shared.change_config(|config| config.set_status(S_LINK_UP, up));
+        if up && !self.shared.has_network() {
+            return Err(std::io::Error::other("there is no network at its other end; see the log"));
+        }
+        self.shared.set_plugged(up);
         Ok(())
     }
 

@@ -39,7 +39,7 @@ use self::rx::RxSide;
 use self::tx::TxSide;
 use crate::backend::user::{News, UserLink};
 use crate::batch::BatchIo;
-use crate::config::{S_ANNOUNCE, S_LINK_UP};
+use crate::config::S_ANNOUNCE;
 use crate::control::{self, Command, MAX_COMMAND_SIZE, Negotiated};
 use crate::header::header_size;
 use crate::shared::{Flow, PairMetrics, Shared};
@@ -278,14 +278,6 @@ impl NetWorker {
         cx.ask(self.rx_queue() + 1);
     }
 
-    /// Whether there is a user-mode network behind the cable now.
-    fn set_connected(&self, connected: bool) {
-        if let Some(link) = &self.link {
-            link.set_connected(connected);
-        }
-        self.shared.change_config(|config| config.set_status(S_LINK_UP, connected));
-    }
-
     /// Pulls the cable when the connection to a user-mode network has ended.
     fn check_connection(&mut self, cx: &mut Context) {
         let Some(error) = self.io.as_mut().and_then(FrameIo::take_error) else { return };
@@ -293,7 +285,7 @@ impl NetWorker {
         if let Some(io) = self.io.take() {
             cx.unwatch(io.raw_fd());
         }
-        self.set_connected(false);
+        self.shared.set_network(false);
     }
 
     /// The keeper of a user-mode network has news.
@@ -306,7 +298,7 @@ impl NetWorker {
                         cx.unwatch(io.raw_fd());
                     }
                     self.connect(Box::new(FrameStream::new(socket)), cx);
-                    self.set_connected(true);
+                    self.shared.set_network(true);
                     tracing::info!(device = %self.shared.name, "a new user-mode network runs");
                 }
                 News::Failed(why) => {
