@@ -173,6 +173,10 @@ impl Device for NetDevice {
     fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
         self.save(to)?;
         // An interface that we made goes with its last descriptor.
+        if !self.shared.has_network() {
+            // The successor opens the interface that has taken the place of the deleted one.
+            return Ok(());
+        }
         for queue in (0..self.shared.max_pairs()).filter_map(|p| self.shared.backend.queue(p)) {
             fds.push(queue.try_clone_to_owned()?);
         }
