@@ -17,6 +17,7 @@ use crate::capabilities::{self, Capabilities};
 use crate::logging::Level;
 use crate::sandbox::seccomp::Mode as SeccompMode;
 
+mod cpus;
 #[cfg(feature = "docs")]
 mod generate;
 pub mod values;
@@ -96,7 +97,7 @@ pub struct WorkerArgs {
     pub poll_us: u32,
 
     /// CPUs for the workers, like 0-3,8; the n-th worker runs on the n-th CPU, then round again
-    #[arg(long, value_name = "LIST")]
+    #[arg(long, value_name = "LIST", value_parser = cpus::usable_cpus)]
     pub cpu_affinity: Option<CpuList>,
 }
 

@@ -31,7 +31,12 @@ const LIVES: usize = 5;
 const WORK: Duration = Duration::from_millis(60);
 /// How long a guest's thread waits for a daemon that has left.
 const TIMEOUT: Duration = Duration::from_secs(10);
-const AFFINITY: &str = "--cpu-affinity=1,0";
+
+/// The second CPU and the first, where there are two.
+fn affinity() -> String {
+    let one = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
+    format!("--cpu-affinity={}", if one { "0" } else { "1,0" })
+}
 
 /// A daemon and a guest that keeps it busy.
 struct Life {
@@ -52,7 +57,7 @@ fn disk(dir: &Path) -> Life {
     fs::write(&image, vec![7; 16 << 20]).unwrap();
     // The daemon's writes have not to wait for these.
     fs::File::open(&image).unwrap().sync_all().unwrap();
-    let arguments = [format!("--blk-file={},lock=off", image.display()), AFFINITY.to_owned()];
+    let arguments = [format!("--blk-file={},lock=off", image.display()), affinity()];
     let daemon = Daemon::start("vhost-user-blk", &dir.join("blk"), &arguments).unwrap();
     let ram = GuestRam::new(16 << 20).unwrap();
     let mut front_end = FrontEnd::connect(daemon.socket()).unwrap();
@@ -77,7 +82,7 @@ fn disk(dir: &Path) -> Life {
 
 /// GETATTR, 16 at a time.
 fn files(dir: &Path) -> Life {
-    let arguments = [format!("--shared-dir={}", dir.display()), AFFINITY.to_owned()];
+    let arguments = [format!("--shared-dir={}", dir.display()), affinity()];
     let daemon = Daemon::start("virtiofsd", &dir.join("fs"), &arguments).unwrap();
     let mut client = FsClient::start(daemon.socket(), 1, 16).unwrap();
     again_and_again(move || {
@@ -88,7 +93,7 @@ fn files(dir: &Path) -> Life {
 
 /// A stream from the guest to a service of the host that reads all of it.
 fn sockets(_dir: &Path) -> Life {
-    let host = VsockHost::start(&["--guest-cid=3", AFFINITY]).unwrap();
+    let host = VsockHost::start(&["--guest-cid=3", &affinity()]).unwrap();
     let mut guest = host.guest(VsockOptions::default()).unwrap();
     let (mut stream, mut theirs) = host.serve(&mut guest, 1025, 80).unwrap();
     let mut sink = vec![0; 1 << 16];
@@ -104,7 +109,7 @@ fn network(dir: &Path) -> Option<Life> {
     let namespace = NetNs::for_test(root)?;
     let socket = dir.join("net");
     let mut command = Command::new(bin("vhost-user-net").unwrap());
-    command.arg("--socket-path").arg(&socket).args(["--tap=tap0", AFFINITY]);
+    command.arg("--socket-path").arg(&socket).args(["--tap=tap0", &affinity()]);
     namespace.enter(&mut command);
     let daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
     let ram = GuestRam::new(4 << 20).unwrap();

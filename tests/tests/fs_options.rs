@@ -170,11 +170,16 @@ fn direct_io_and_noatime_reach_the_host_when_allowed() {
 
 #[test]
 fn there_are_as_many_slow_threads_as_allowed_and_needed() {
-    for (arguments, most) in
-        [(&[][..], 8), (&["--thread-pool-size=2"], 2), (&["--thread-pool-size=0"], 0)]
-    {
+    for (arguments, most) in [
+        (&[][..], 8),
+        (&["--thread-pool-size=2"], 2),
+        (&["--thread-pool-size=0"], 0),
+        (&["--thread-pool-size=65536"], 8),
+    ] {
         let world = World::new(arguments);
         let mut client = world.client(8);
+        let told = world.daemon.log().contains("--thread-pool-size");
+        assert_eq!(told, arguments.iter().any(|a| a.ends_with("65536")), "{arguments:?}");
         assert_eq!(world.threads("slow"), 0, "none before they are needed");
         let node = client.lookup(1, "file").unwrap();
         let handle = client.open(node, libc::O_RDWR).unwrap();

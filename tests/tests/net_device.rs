@@ -337,6 +337,10 @@ fn forged_sources_are_dropped_and_counted() {
     b.send([0; HEADER], &arp_request([2, 0, 0, 0, 0, 8], MY_IP));
     b.send([0; HEADER], &arp_request(ME, [10, 9, 0, 3]));
     assert_eq!(b.metric("net_tx_spoofed_total"), 2);
+    // Nor does the front end announce another station in the guest's place.
+    assert!(b.frontend.send_rarp([2, 0, 0, 0, 0, 8]).is_err());
+    assert!(b.daemon.log().contains("02:00:00:00:00:08"), "{}", b.daemon.log());
+    b.frontend.send_rarp(ME).unwrap();
     assert_eq!(b.frontend.get_config(0, 6).unwrap(), ME);
     assert_eq!(b.frontend.features & (1 << v::VIRTIO_NET_F_CTRL_MAC_ADDR), 0);
     b.expect_arp();

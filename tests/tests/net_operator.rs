@@ -8,7 +8,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use testkit::daemon::{self, Daemon, ask};
-use testkit::frontend::FrontEnd;
+use testkit::driver::{Buffer, RingFormat};
+use testkit::frontend::{AttachOptions, BackendRequest, FrontEnd, ShmemPolicy};
+use testkit::memory::GuestRam;
 use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
 use vhost_user_net::sys::{attach_tap, open_tap_device};
@@ -143,6 +145,106 @@ fn the_mtu_given_is_the_interfaces_whatever_kind_it_is() {
     let _tap = start(&other, "tap", &["--tap-fd", &tap.as_raw_fd().to_string()]);
     assert_eq!(mtu_of(root, &pod, "tap0"), "1400");
     assert_eq!(mtu_of(root, &other, "tap0"), "1500", "an interface of the same name");
+}
+
+/// Somebody deletes the interface: the guest sees the cable pulled, once, and the log says what to do.
+#[test]
+fn a_deleted_interface_is_an_unplugged_cable() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    for (arguments, interface) in
+        [(["--tap", "tap0"], "tap0"), (["--packet", "v0"], "v0"), (["--packet", "v0"], "v1")]
+    {
+        let Some(namespace) = NetNs::for_test(root) else { return };
+        namespace.ip(root, "link add v0 type veth peer name v1").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, control) = (dir.path().join("s"), dir.path().join("control"));
+        let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+        command.arg("--socket-path").arg(&socket).arg("--control-socket").arg(&control);
+        namespace.enter(command.args(arguments));
+        let mut daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
+        let ram = GuestRam::new(4 << 20).unwrap();
+        let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+        let options = AttachOptions { queues: 2, ..AttachOptions::new(RingFormat::Split) };
+        let _queues = frontend.attach(&ram, &options).unwrap();
+        let channel = frontend.open_backend_channel(ShmemPolicy::Refuse).unwrap();
+        assert_eq!(frontend.get_config(6, 2).unwrap(), [1, 0]);
+        namespace.ip(root, &format!("link delete {interface}")).unwrap();
+        let told = channel.requests.recv_timeout(Duration::from_secs(5));
+        assert_eq!(told, Ok(BackendRequest::ConfigChange), "{interface}: {}", daemon.log());
+        assert_eq!(frontend.get_config(6, 2).unwrap(), [0, 0]);
+        let before = daemon.cpu_time().unwrap();
+        let more = channel.requests.recv_timeout(Duration::from_millis(300));
+        assert!(more.is_err(), "told once: {more:?}");
+        assert!(daemon.cpu_time().unwrap() - before <= Duration::from_millis(10), "a busy loop");
+        // A front end that comes again does not make it come up, nor does the operator.
+        drop((channel, frontend));
+        let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+        let _queues = frontend.attach(&ram, &options).unwrap();
+        assert_eq!(frontend.get_config(6, 2).unwrap(), [0, 0]);
+        assert!(ask(&control, r#"{"link": true}"#).contains("no network at its other end"));
+        assert_eq!(frontend.get_config(6, 2).unwrap(), [0, 0]);
+        assert!(daemon.is_running());
+        let log = daemon.log();
+        let advice = log.lines().filter(|line| line.contains("restart this daemon"));
+        assert_eq!(advice.count(), 1, "{log}");
+    }
+}
+
+/// Makes the macvtap `mv0`, and a device file for it in `dir`: a container's /dev has none.
+fn macvtap(root: &ToolRoot, namespace: &NetNs, dir: &Path) -> Option<String> {
+    namespace.ip(root, "link add up0 type veth peer name up1").unwrap();
+    namespace.ip(root, "link add link up0 name mv0 type macvtap mode bridge").ok()?;
+    for interface in ["up0", "up1", "mv0"] {
+        namespace.ip(root, &format!("link set {interface} up")).unwrap();
+    }
+    let show = "mount -t sysfs none /mnt && cat /mnt/class/net/mv0/macvtap/*/dev";
+    let mut command = Command::new("unshare");
+    namespace.enter(command.args(["--mount", "sh", "-c", show]));
+    let numbers = String::from_utf8(command.output().ok()?.stdout).ok()?;
+    let (major, minor) = numbers.trim().split_once(':')?;
+    let device = dir.join("tap").display().to_string();
+    let made = Command::new("mknod").args([&device, "c", major, minor]).status().ok()?;
+    // A file system may have no use for devices.
+    (made.success() && open_tap_device(Path::new(&device)).is_ok()).then_some(device)
+}
+
+/// The descriptor of a macvtap says nothing when it is deleted and takes frames as ever.
+#[test]
+fn a_deleted_macvtap_is_noticed_while_the_guest_sends() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = NetNs::for_test(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let Some(device) = macvtap(root, &namespace, dir.path()) else {
+        return testkit::skip::skip("there is no way to a macvtap here");
+    };
+    let socket = dir.path().join("s");
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.arg("--socket-path").arg(&socket).args(["--macvtap", &device]);
+    namespace.enter(&mut command);
+    let daemon = Daemon::start_command("vhost-user-net", command, &socket).unwrap();
+    let ram = GuestRam::new(4 << 20).unwrap();
+    let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
+    let options = AttachOptions { queues: 2, ..AttachOptions::new(RingFormat::Split) };
+    let (mut queues, _) = frontend.attach(&ram, &options).unwrap();
+    let channel = frontend.open_backend_channel(ShmemPolicy::Refuse).unwrap();
+    let frame = ram.alloc(72, 64).unwrap();
+    let mut send = || {
+        assert!(queues[1].add(&[Buffer::readable(frame, 72)], 0));
+        queues[1].kick();
+        channel.requests.recv_timeout(Duration::from_millis(100)).ok()
+    };
+    assert_eq!(send(), None);
+    assert_eq!(frontend.get_config(6, 2).unwrap(), [1, 0]);
+    namespace.ip(root, "link delete mv0").unwrap();
+    let told = (0..40).find_map(|_| send());
+    assert_eq!(told, Some(BackendRequest::ConfigChange), "{}", daemon.log());
+    assert_eq!(frontend.get_config(6, 2).unwrap(), [0, 0]);
+    // The log may be a moment behind.
+    let start = Instant::now();
+    while !daemon.log().contains("restart this daemon") {
+        assert!(start.elapsed() < Duration::from_secs(5), "{}", daemon.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use testkit::daemon::{self, Daemon};
+use testkit::daemon::{self, Daemon, ask};
 use testkit::driver::{Buffer, GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::guests::uml::UmlGuest;
@@ -255,6 +255,27 @@ fn passt_may_die_and_guests_may_come_and_go() {
         assert!(Instant::now() < deadline, "passt outlives its daemon");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// What the operator unplugged stays so, whatever passt does.
+#[test]
+fn a_link_that_was_set_down_stays_down_when_passt_comes_back() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(namespace) = namespace(root) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("control");
+    let argument = format!("--control-socket={}", control.display());
+    let daemon = start(root, &namespace, dir.path(), &argument);
+    let mut guest = Guest::new(&daemon, RingFormat::Split);
+    guest.arp();
+    assert!(ask(&control, r#"{"link": false}"#).contains(r#""link":false"#));
+    let pid = passt_pid(&daemon).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    until("another passt", || daemon.log().contains("a new user-mode network").then_some(()));
+    assert!(!guest.link_is_up(), "the operator said down");
+    assert!(ask(&control, r#"{"link": true}"#).contains(r#""link":true"#));
+    assert!(guest.link_is_up());
+    guest.arp();
 }
 
 /// A pod's launcher as user nobody; killed with this, and its daemons with it.

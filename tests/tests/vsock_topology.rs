@@ -345,6 +345,8 @@ fn mistakes_of_operators_are_one_sentence_and_exit_code_1() {
         (&["--vm=cid=3,socket=D/v,uds-path=D/h", "--guest-cid=4"], "--guest-cid"),
         (&["--config=D/bad.toml"], "sockett"),
         (&["--config=D/none.toml"], "none.toml"),
+        (&["--config=/dev/zero"], "larger than 1 MiB"),
+        (&["--socket=D/v", "--uds-path=D/h", "--cpu-affinity=1023"], "no CPU 1023"),
     ];
     for (arguments, expected) in cases {
         let arguments =

@@ -50,6 +50,16 @@ pub trait Backend: Send + Sync + Debug {
         None
     }
 
+    /// Whether the interface behind the descriptors was deleted. Waits for whoever changes interfaces.
+    fn is_gone(&self) -> bool {
+        false
+    }
+
+    /// Whether the interface may be gone though frames are still taken. Waits for nobody.
+    fn may_be_gone(&self) -> bool {
+        false
+    }
+
     /// Sets the bytes of header before each frame.
     ///
     /// # Errors

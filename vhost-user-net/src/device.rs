@@ -10,12 +10,13 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use outboard_common::device::{Device, RING_FEATURES, WorkerBody};
 use outboard_common::vhost_user::backend_channel::BackendChannel;
+use outboard_common::warn_limited;
 use outboard_common::worker::EventLoop;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
 use virtio_bindings::virtio_net as v;
 
 use crate::cli::MTU_MIN;
-use crate::config::{S_ANNOUNCE, S_LINK_UP};
+use crate::config::S_ANNOUNCE;
 use crate::control::MacAddr;
 use crate::shared::Shared;
 use crate::worker::NetWorker;
@@ -76,8 +77,11 @@ impl NetDevice {
 
     /// Plugs or unplugs the cable, at both ends.
     pub fn set_link(&self, up: bool) -> std::io::Result<()> {
+        if up && !self.shared.has_network() {
+            return Err(std::io::Error::other("there is no network at its other end; see the log"));
+        }
         self.shared.backend.set_link(up)?;
-        self.shared.change_config(|config| config.set_status(S_LINK_UP, up));
+        self.shared.set_plugged(up);
         Ok(())
     }
 
@@ -169,6 +173,10 @@ impl Device for NetDevice {
 
     fn save_for_successor(&self, to: &mut dyn Write, fds: &mut Vec<OwnedFd>) -> anyhow::Result<()> {
         self.save(to)?;
+        if !self.shared.has_network() {
+            // The successor opens the interface that has taken the place of the deleted one.
+            return Ok(());
+        }
         // An interface that we made goes with its last descriptor.
         for queue in (0..self.shared.max_pairs()).filter_map(|p| self.shared.backend.queue(p)) {
             fds.push(queue.try_clone_to_owned()?);
@@ -200,6 +208,12 @@ impl Device for NetDevice {
     }
 
     fn send_rarp(&self, mac: [u8; 6]) -> bool {
-        crate::announce::announce(self.shared.backend.as_ref(), &self.shared, MacAddr(mac))
+        let mac = MacAddr(mac);
+        // Switches would send another station's frames here.
+        if !self.shared.source.allows_station(mac) {
+            warn_limited!(device = %self.shared.name, %mac, "the front end would announce an address that is not the guest's");
+            return false;
+        }
+        crate::announce::announce(self.shared.backend.as_ref(), &self.shared, mac)
     }
 }

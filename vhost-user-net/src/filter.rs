@@ -151,6 +151,12 @@ impl SourceFilter {
         self.mac.is_none() && self.ranges.is_empty()
     }
 
+    /// Whether the guest may be the station `mac`.
+    #[must_use]
+    pub fn allows_station(&self, mac: MacAddr) -> bool {
+        self.mac.is_none_or(|ours| ours == mac)
+    }
+
     /// Checks the frame that starts with `frame`.
     ///
     /// # Errors

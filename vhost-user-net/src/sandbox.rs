@@ -19,6 +19,7 @@ use crate::sys;
 
 /// What interfaces need beside frames: see `sys`.
 const INTERFACES: &[Rule] = &[
+    allow_if(libc::SYS_ioctl, &[argument_is(1, sys::TUNGETIFF)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::TUNSETOFFLOAD)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::TUNSETVNETHDRSZ)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::TUNSETVNETLE)]),

@@ -107,6 +107,10 @@ pub struct Shared {
     /// Whether the control queue is served here, and not by the VMM.
     has_control: AtomicBool,
     config: Mutex<NetConfig>,
+    /// The operator's end of the cable is plugged in.
+    plugged: AtomicBool,
+    /// There is a network at its other end.
+    network: AtomicBool,
     channel: Mutex<Option<Arc<BackendChannel>>>,
     rx_filter: Mutex<Arc<RxFilter>>,
     generation: AtomicU32,
@@ -164,6 +168,8 @@ impl Shared {
             pairs: AtomicU16::new(max_pairs),
             has_control: AtomicBool::new(false),
             config: Mutex::new(parts.config),
+            plugged: AtomicBool::new(true),
+            network: AtomicBool::new(true),
             channel: Mutex::default(),
             rx_filter: Mutex::new(Arc::new(RxFilter::everything())),
             generation: AtomicU32::new(0),
@@ -311,6 +317,31 @@ impl Shared {
         }
     }
 
+    /// Plugs or unplugs the cable. It stays so, whatever becomes of the network behind it.
+    pub fn set_plugged(&self, plugged: bool) {
+        self.plugged.store(plugged, Ordering::Relaxed);
+        self.change_config(|config| self.set_link(config));
+    }
+
+    /// Whether there is a network behind the cable.
+    pub fn has_network(&self) -> bool {
+        self.network.load(Ordering::Relaxed)
+    }
+
+    /// The network behind the cable came or went; true if that is news.
+    pub fn set_network(&self, there: bool) -> bool {
+        let before = self.network.swap(there, Ordering::Relaxed);
+        self.change_config(|config| self.set_link(config));
+        before != there
+    }
+
+    /// Puts the state of the link in configuration space; true if that changed it. Both its causes are read
+    /// with `config` locked, so that whoever changes one of them last sees the other.
+    fn set_link(&self, config: &mut NetConfig) -> bool {
+        let up = self.plugged.load(Ordering::Relaxed) && self.has_network();
+        config.set_status(S_LINK_UP, up)
+    }
+
     /// The channel to the front end came or went.
     pub fn set_channel(&self, channel: Option<Arc<BackendChannel>>) {
         *lock(&self.channel) = channel;
@@ -322,7 +353,8 @@ impl Shared {
         let mut mac = [0; 6];
         config.read(0, &mut mac);
         let control = self.control_state().or_else(|| lock(&self.stopped).clone());
-        SavedState { mac, mtu: config.mtu(), status: config.status(), control }
+        let plugged = Some(self.plugged.load(Ordering::Relaxed));
+        SavedState { mac, mtu: config.mtu(), status: config.status(), plugged, control }
     }
 
     /// What the control queue's commands set, where it is served here.
@@ -337,12 +369,15 @@ impl Shared {
 
     /// Goes on where the device that wrote `state` was.
     pub fn load(&self, state: SavedState) {
+        let was_up = state.status & S_LINK_UP != 0;
+        self.plugged.store(state.plugged.unwrap_or(was_up), Ordering::Relaxed);
         self.change_config(|config| {
             config.set_mac(MacAddr(state.mac));
             config.set_mtu(state.mtu);
             config.set_status(u16::MAX, false);
             config.set_status(state.status & (S_LINK_UP | S_ANNOUNCE), true);
-            false
+            // The network here may be there while the one before was not.
+            self.set_link(config)
         });
         *lock(&self.moved) = state.control;
     }

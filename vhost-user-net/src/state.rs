@@ -29,6 +29,9 @@ pub struct SavedState {
     pub mtu: u16,
     /// `status` there.
     pub status: u16,
+    /// Whether the operator has the cable plugged in; a daemon of before says only whether the link is up.
+    #[serde(default)]
+    pub plugged: Option<bool>,
     /// With a control queue of ours.
     pub control: Option<ControlState>,
 }
@@ -48,7 +51,13 @@ mod tests {
         });
         let coalescing = [Coalescing { max_packets: 8, max_usecs: 50 }, Coalescing::default()];
         let control = Some(ControlState { pairs: 3, offloads: 0x82, filter, coalescing });
-        let state = SavedState { mac: [2, 0, 0, 0, 0, 1], mtu: 9000, status: 1, control };
+        let state = SavedState {
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 9000,
+            status: 1,
+            plugged: Some(true),
+            control,
+        };
         let text = serde_json::to_vec(&state).unwrap();
         assert_eq!(serde_json::from_slice::<SavedState>(&text).unwrap(), state);
     }

@@ -13,7 +13,7 @@ use crate::control::MacAddr;
 
 const TUNSETIFF: u32 = 0x4004_54ca;
 pub(crate) const TUNSETOFFLOAD: u32 = 0x4004_54d0;
-const TUNGETIFF: u32 = 0x8004_54d2;
+pub(crate) const TUNGETIFF: u32 = 0x8004_54d2;
 pub(crate) const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 pub(crate) const TUNSETQUEUE: u32 = 0x4004_54d9;
 pub(crate) const TUNSETVNETLE: u32 = 0x4004_54dc;

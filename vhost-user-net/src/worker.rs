@@ -10,8 +10,10 @@
 //! both end up in [`NetWorker::on_kick`]. A back end that may be full reports room in the same way.
 //!
 //! A user-mode network's connection ends when its program does. The cable is out then, as far as the
-//! guest can see, and frames stay in its ring until the keeper sends another connection.
+//! guest can see, and frames stay in its ring until the keeper sends another connection. So it is when
+//! somebody deletes the interface; only another daemon can open the next one then.
 
+mod doubt;
 mod fetch;
 mod frame_io;
 mod moderation;
@@ -31,6 +33,7 @@ use outboard_common::warn_limited;
 use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
+use self::doubt::Doubt;
 use self::frame_io::FrameIo;
 use self::moderation::{Moderation, OF_BULK, Rule, of_sent_frames};
 use self::pace::{Bulk, NEAR, PACE, is_roomy};
@@ -39,7 +42,7 @@ use self::rx::RxSide;
 use self::tx::TxSide;
 use crate::backend::user::{News, UserLink};
 use crate::batch::BatchIo;
-use crate::config::{S_ANNOUNCE, S_LINK_UP};
+use crate::config::S_ANNOUNCE;
 use crate::control::{self, Command, MAX_COMMAND_SIZE, Negotiated};
 use crate::header::header_size;
 use crate::shared::{Flow, PairMetrics, Shared};
@@ -90,6 +93,8 @@ pub struct NetWorker {
     look_at: Option<Instant>,
     /// In bulk: when to look for frames of the guest, which is not asked to kick meanwhile.
     tx_look: Option<Instant>,
+    /// Whether the interface is still there.
+    doubt: Doubt,
 }
 
 impl NetWorker {
@@ -124,6 +129,7 @@ impl NetWorker {
             rest: Rest::new(Instant::now()),
             look_at: None,
             tx_look: None,
+            doubt: Doubt::new(Instant::now()),
         })
     }
 
@@ -134,7 +140,8 @@ impl NetWorker {
     /// The timer of limits and of signals held back: whatever is due first.
     fn set_timer(&self, cx: &mut Context) {
         let signals = [self.rx_signals.due(), self.tx_signals.due()];
-        let all = [self.rx_at, self.tx_at, self.look_at, self.tx_look].into_iter().chain(signals);
+        let ours = [self.rx_at, self.tx_at, self.look_at, self.tx_look, self.doubt.due()];
+        let all = ours.into_iter().chain(signals);
         cx.set_timer(all.flatten().min());
     }
 
@@ -198,6 +205,7 @@ impl NetWorker {
         let ours = of_sent_frames(queue.size(), paced);
         self.tx_signals.set(self.shared.coalescing(Flow::Tx), ours, queue);
         let before = self.metrics.tx_frames.get();
+        let failed_before = self.metrics.tx_failed.get();
         let bytes_before = queue.metrics().bytes_read.get();
         let turn = self.tx.turn(io, queue);
         self.tx_bulk.add(queue.metrics().bytes_read.get() - bytes_before, now);
@@ -207,6 +215,12 @@ impl NetWorker {
             self.set_timer(cx);
         }
         self.check_connection(cx);
+        if self.doubt.is_due(now) {
+            let failed = self.metrics.tx_failed.get() != failed_before;
+            if failed || self.shared.backend.may_be_gone() {
+                self.check_interface(cx);
+            }
+        }
         if turn == Turn::Done && self.is_paced(now, ring_size) {
             if self.tx_bulk.is_on(now) {
                 self.tx_look = Some(Instant::now() + PACE);
@@ -285,14 +299,6 @@ impl NetWorker {
         cx.ask(self.rx_queue() + 1);
     }
 
-    /// Whether there is a user-mode network behind the cable now.
-    fn set_connected(&self, connected: bool) {
-        if let Some(link) = &self.link {
-            link.set_connected(connected);
-        }
-        self.shared.change_config(|config| config.set_status(S_LINK_UP, connected));
-    }
-
     /// Pulls the cable when the connection to a user-mode network has ended.
     fn check_connection(&mut self, cx: &mut Context) {
         let Some(error) = self.io.as_mut().and_then(FrameIo::take_error) else { return };
@@ -300,7 +306,36 @@ impl NetWorker {
         if let Some(io) = self.io.take() {
             cx.unwatch(io.raw_fd());
         }
-        self.set_connected(false);
+        self.shared.set_network(false);
+    }
+
+    /// Pulls the cable when the interface was deleted.
+    fn check_interface(&mut self, cx: &mut Context) {
+        if !self.shared.backend.is_gone() {
+            return;
+        }
+        self.doubt.settle();
+        if let Some(io) = self.io.take() {
+            cx.unwatch(io.raw_fd());
+        }
+        (self.rx_at, self.tx_at, self.look_at, self.tx_look) = (None, None, None, None);
+        self.set_timer(cx);
+        // The first of the workers to see it.
+        if self.shared.set_network(false) {
+            tracing::warn!(device = %self.shared.name, "the network interface was deleted; the link is down: create the interface again and restart this daemon");
+        }
+    }
+
+    /// The back end's descriptor reports an error.
+    #[cold]
+    fn on_error(&mut self, cx: &mut Context) {
+        if matches!(self.io, Some(FrameIo::Calls(..))) {
+            self.doubt.raise();
+            if self.doubt.is_due(Instant::now()) {
+                self.check_interface(cx);
+            }
+            self.set_timer(cx);
+        }
     }
 
     /// The keeper of a user-mode network has news.
@@ -313,7 +348,7 @@ impl NetWorker {
                         cx.unwatch(io.raw_fd());
                     }
                     self.connect(Box::new(FrameStream::new(socket)), cx);
-                    self.set_connected(true);
+                    self.shared.set_network(true);
                     tracing::info!(device = %self.shared.name, "a new user-mode network runs");
                 }
                 News::Failed(why) => {
@@ -471,6 +506,9 @@ impl QueueHandler for NetWorker {
         if token == TOKEN_LINE {
             return self.on_line(cx);
         }
+        if events.intersects(Events::EPOLLERR | Events::EPOLLHUP) {
+            self.on_error(cx);
+        }
         if events != Events::EPOLLOUT {
             self.rx.set_readable();
             cx.ask(self.rx_queue());
@@ -499,6 +537,9 @@ impl QueueHandler for NetWorker {
         if is_due(&mut self.look_at) {
             self.rx.set_readable();
             cx.ask(rx);
+        }
+        if self.doubt.due().is_some() && self.doubt.is_due(now) {
+            self.check_interface(cx);
         }
         for (signals, index) in [(&mut self.rx_signals, rx), (&mut self.tx_signals, tx)] {
             // A turn that is about to come may have more to tell of.

@@ -350,10 +350,10 @@ pub struct ThreadArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub num_request_queues: Option<u16>,
 
-    /// Threads, made when needed, for requests that wait; 0: such requests hold up their queue
-    #[arg(long, value_name = "N", default_value_t = 16,
-          value_parser = clap::value_parser!(u16).range(0..=1024))]
-    pub thread_pool_size: u16,
+    /// Threads, made when needed, for requests that wait, 1024 at the most; 0: such requests hold up
+    /// their queue
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub thread_pool_size: u64,
 
     /// Workers.
     #[command(flatten)]

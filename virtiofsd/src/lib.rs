@@ -203,6 +203,17 @@ fn open_socket(
     Ok(transport)
 }
 
+/// Threads for requests that wait, at the most.
+const SLOW_THREADS_MAX: u64 = 1024;
+
+/// How many there may be. The reference daemon takes any number.
+fn slow_threads(asked: u64) -> usize {
+    if asked > SLOW_THREADS_MAX {
+        tracing::warn!(asked, "--thread-pool-size: there will be {SLOW_THREADS_MAX} at the most");
+    }
+    usize::try_from(asked.min(SLOW_THREADS_MAX)).unwrap_or(0)
+}
+
 /// A name for logs and metrics: the tag, or the shared directory's last component.
 fn device_name(arguments: &Arguments, shared: &Path) -> String {
     let last = || shared.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -245,7 +256,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             name: name.clone(),
             tag: arguments.tag,
             request_queues: arguments.threads.num_request_queues,
-            slow_threads: usize::from(arguments.threads.thread_pool_size),
+            slow_threads: slow_threads(arguments.threads.thread_pool_size),
             dax_timeout: arguments.dax.dax_timeout,
             limits: Limits::default(),
             metrics: registry.device(&name),

@@ -10,6 +10,7 @@ use outboard_common::cli::{
     CapabilitiesArgs, HandoverArgs, LogArgs, MetricsArgs, SandboxArgs, SocketArgs, SocketChoice,
     WorkerArgs,
 };
+use outboard_common::config_file;
 
 use crate::config::{
     ConfigFile, DEFAULT_GROUP, DEFAULT_GUEST_CID, DEFAULT_MAX_CONNECTIONS, DEFAULT_QUEUE_SIZE,
@@ -220,14 +221,16 @@ fn listening(entry: VmEntry) -> anyhow::Result<Served> {
 }
 
 fn read_file(path: &std::path::Path) -> anyhow::Result<Vec<VmEntry>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    let text = config_file::ConfigFile::read(path)?;
     let is_yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml");
-    let file: anyhow::Result<ConfigFile> = if is_yaml {
-        serde_saphyr::from_str(&text).map_err(|e| anyhow::anyhow!("{e}"))
+    let file: ConfigFile = if is_yaml {
+        serde_saphyr::from_str(text.text())
+            .map_err(|e| anyhow::anyhow!("{e}"))
+            .with_context(|| format!("read {}", path.display()))?
     } else {
-        toml::from_str(&text).map_err(Into::into)
+        text.parse()?
     };
-    Ok(file.with_context(|| format!("read {}", path.display()))?.vm)
+    Ok(file.vm)
 }
 
 #[cfg(test)]

@@ -70,6 +70,7 @@ fn a_wrong_command_line_is_one_line_that_names_the_option() {
         ("--fd three", "invalid value 'three' for '--fd <FDNUM>'"),
         ("--poll-us 1000001", "1000001 is not in 0..=1000000"),
         ("--cpu-affinity 3-1", "not a list of CPUs: write numbers and ranges, like 0-3,8"),
+        ("--cpu-affinity 0,1023", "this machine has no CPU 1023"),
         ("--log-level loud", "possible values: off, error, warn, info, debug, trace"),
         ("--seccomp maybe", "possible values: kill, trap, log, none"),
         ("--no-sandbox --seccomp kill", "'--no-sandbox' cannot be used with '--seccomp <MODE>'"),

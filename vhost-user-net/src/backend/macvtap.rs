@@ -59,6 +59,16 @@ impl Backend for MacvtapBackend {
         self.tap.features()
     }
 
+    fn is_gone(&self) -> bool {
+        self.tap.is_gone()
+    }
+
+    fn may_be_gone(&self) -> bool {
+        // The descriptor of a deleted macvtap takes frames as ever, and drops them. The name may be gone for
+        // other reasons.
+        self.tap.mtu().is_none()
+    }
+
     fn mtu(&self) -> Option<u16> {
         self.tap.mtu()
     }

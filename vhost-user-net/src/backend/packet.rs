@@ -145,6 +145,17 @@ fn bind(fd: BorrowedFd<'_>, index: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Whether the kernel has taken the interface away from a socket that was bound to it.
+fn is_unbound(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: a plain C struct of integers; zeros are valid.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let Ok(mut size) = libc::socklen_t::try_from(size_of_val(&address)) else { return false };
+    let pointer = std::ptr::from_mut(&mut address).cast::<libc::sockaddr>();
+    // SAFETY: `pointer` and `size` describe `address`, which lives through the call.
+    let result = unsafe { libc::getsockname(fd.as_raw_fd(), pointer, &raw mut size) };
+    result == 0 && address.sll_ifindex <= 0
+}
+
 fn set_option(fd: BorrowedFd<'_>, option: c_int, value: c_int) -> io::Result<()> {
     set_socket_option(fd, libc::SOL_PACKET, option, &value)
 }
@@ -181,6 +192,10 @@ impl Backend for PacketBackend {
 
     fn fixed_mac(&self) -> Option<MacAddr> {
         self.interfaces.mac(&self.name).ok()
+    }
+
+    fn is_gone(&self) -> bool {
+        self.queues.first().is_some_and(|fd| is_unbound(fd.as_fd()))
     }
 
     fn set_header_size(&self, bytes: usize) -> io::Result<()> {

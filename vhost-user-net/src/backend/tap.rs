@@ -256,6 +256,14 @@ impl Backend for TapBackend {
         self.interfaces.mtu(&self.name).ok().and_then(|mtu| u16::try_from(mtu).ok())
     }
 
+    fn is_gone(&self) -> bool {
+        let result = self.queues.first().map(|fd| sys::tap_interface(fd.as_fd()));
+        // A tap says the one, a macvtap the other.
+        let gone =
+            |error: io::Error| matches!(error.raw_os_error(), Some(libc::EBADFD | libc::ENOLINK));
+        result.is_some_and(|result| result.is_err_and(gone))
+    }
+
     fn set_header_size(&self, bytes: usize) -> io::Result<()> {
         self.queues.iter().try_for_each(|fd| sys::set_tap_header(fd.as_fd(), bytes))
     }

@@ -15,7 +15,6 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Backend;
@@ -105,7 +104,6 @@ pub enum News {
 pub struct UserLink {
     line: OwnedFd,
     stream: Mutex<Option<Box<FrameStream>>>,
-    connected: AtomicBool,
 }
 
 impl UserLink {
@@ -131,11 +129,6 @@ impl UserLink {
         *self.stream() = Some(stream);
     }
 
-    /// Notes whether there is a `passt`.
-    pub fn set_connected(&self, connected: bool) {
-        self.connected.store(connected, Ordering::Relaxed);
-    }
-
     /// What happened to `passt` since the last look.
     #[must_use]
     pub fn news(&self) -> Option<News> {
@@ -157,11 +150,7 @@ impl UserBackend {
     /// A sentence for the operator: there is no such program, or what it says itself.
     pub fn start(options: &UserOptions) -> Result<Self, StartError> {
         let (line, socket) = keeper::start(&options.program, &options.arguments())?;
-        let link = UserLink {
-            line,
-            stream: Mutex::new(Some(Box::new(FrameStream::new(socket)))),
-            connected: AtomicBool::new(true),
-        };
+        let link = UserLink { line, stream: Mutex::new(Some(Box::new(FrameStream::new(socket)))) };
         Ok(Self { link: Arc::new(link), mtu: options.mtu.unwrap_or(MTU) })
     }
 }
@@ -204,13 +193,6 @@ impl Backend for UserBackend {
     fn set_mtu(&self, mtu: u16) -> io::Result<()> {
         // passt takes frames of any size, and tells guests the MTU it was started with.
         if mtu <= MTU { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
-    }
-
-    fn set_link(&self, up: bool) -> io::Result<()> {
-        if up && !self.link.connected.load(Ordering::Relaxed) {
-            return Err(io::Error::other("passt is not running"));
-        }
-        Ok(())
     }
 }
 

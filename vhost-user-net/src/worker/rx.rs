@@ -401,7 +401,8 @@ impl RxSide {
 
     #[cold]
     fn complain(&self, result: i32) {
-        if !matches!(-result, libc::EAGAIN | libc::EINTR | libc::ENETDOWN) {
+        // Of an interface that is gone the worker hears otherwise.
+        if !matches!(-result, libc::EAGAIN | libc::EINTR | libc::ENETDOWN | libc::EBADFD) {
             let error = std::io::Error::from_raw_os_error(-result);
             outboard_common::warn_limited!(device = %self.shared.name, %error, "cannot receive");
         }

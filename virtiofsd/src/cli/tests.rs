@@ -62,6 +62,11 @@ fn libvirt_then_and_now() {
 }
 
 #[test]
+fn more_threads_than_there_will_be_may_be_asked_for() {
+    assert_eq!(read("virtiofsd --thread-pool-size=65536").threads.thread_pool_size, 65536);
+}
+
+#[test]
 fn the_last_of_two_contradicting_options_counts() {
     let a = read("virtiofsd --cache auto -o cache=none,xattr,no_xattr --writeback -o no_writeback");
     assert_eq!(a.sharing.cache, Cache::Never);
