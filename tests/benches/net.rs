@@ -351,6 +351,24 @@ fn flood(frame: &[u8], stop: &AtomicBool) {
     }
 }
 
+/// Attaches a guest with one pair of queues of `size` entries: the receive and the transmit queue.
+fn attach_pair(
+    frontend: &mut FrontEnd,
+    ram: &Arc<GuestRam>,
+    format: RingFormat,
+    size: u16,
+) -> [GuestQueue; 2] {
+    let options = AttachOptions {
+        features: !(1 << v::VIRTIO_NET_F_MQ),
+        queues: 2,
+        queue_size: size,
+        inflight: false,
+        ..AttachOptions::new(format)
+    };
+    let (queues, _) = frontend.attach(ram, &options).unwrap();
+    queues.try_into().unwrap()
+}
+
 impl Driver {
     fn new(root: &ToolRoot, format: RingFormat, bytes: usize) -> Self {
         let namespace = NetNs::new(root).unwrap();
@@ -359,15 +377,7 @@ impl Driver {
         namespace.ip(root, "link set tap0 txqueuelen 1000").unwrap();
         let ram = GuestRam::new(16 << 20).unwrap();
         let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
-        let options = AttachOptions {
-            features: !(1 << v::VIRTIO_NET_F_MQ),
-            queues: 2,
-            queue_size: RING,
-            inflight: false,
-            ..AttachOptions::new(format)
-        };
-        let (mut queues, _) = frontend.attach(&ram, &options).unwrap();
-        let (mut tx, mut rx) = (queues.pop().unwrap(), queues.pop().unwrap());
+        let [mut rx, mut tx] = attach_pair(&mut frontend, &ram, format, RING);
         let out = ram.alloc(4096, 64).unwrap();
         ram.write(out, &[vec![0; HEADER], frame([0xff; 6], bytes)].concat());
         for _ in 0..RING {

@@ -16,14 +16,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use testkit::driver::{Buffer, GuestQueue, RingFormat, Used};
-use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::frontend::FrontEnd;
 use testkit::memory::GuestRam;
 use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
-use virtio_bindings::virtio_net as v;
 
 use super::ceiling::{Tap, cpu};
-use super::{Daemon, HEADER, ME, cpu_seconds, ours, pin};
+use super::{Daemon, HEADER, ME, attach_pair, cpu_seconds, ours, pin};
 
 const RUN_TIME: Duration = Duration::from_secs(1);
 /// How long a bare loop leaves the tap alone.
@@ -230,15 +229,7 @@ impl RingWire {
         }
         let ram = GuestRam::new(64 << 20).unwrap();
         let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
-        let options = AttachOptions {
-            features: !(1 << v::VIRTIO_NET_F_MQ),
-            queues: 2,
-            queue_size: RING,
-            inflight: false,
-            ..AttachOptions::new(format)
-        };
-        let (mut queues, _) = frontend.attach(&ram, &options).unwrap();
-        let (mut tx, mut rx) = (queues.pop().unwrap(), queues.pop().unwrap());
+        let [mut rx, mut tx] = attach_pair(&mut frontend, &ram, format, RING);
         for _ in 0..RING {
             let at = ram.alloc(BUFFER.into(), 4096).unwrap();
             assert!(rx.add(&[Buffer::writable(at, BUFFER)], at));
