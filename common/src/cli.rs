@@ -314,13 +314,10 @@ fn exit_code(outcome: anyhow::Result<()>) -> ExitCode {
 pub fn error_line(error: &anyhow::Error) -> String {
     let mut said = String::new();
     for cause in error.chain().map(ToString::to_string) {
-        if said.contains(&cause) {
-            continue;
+        let cause = if said.is_empty() { cause } else { format!(": {cause}") };
+        if !said.contains(&cause) {
+            said.push_str(&cause);
         }
-        if !said.is_empty() {
-            said.push_str(": ");
-        }
-        said.push_str(&cause);
     }
     format!("error: {said}").replace('\n', " ")
 }

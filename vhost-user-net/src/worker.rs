@@ -197,12 +197,11 @@ impl NetWorker {
 
     fn transmit(&mut self, index: u16, cx: &mut Context) -> Progress {
         let now = cx.now();
-        let paced = cx.queues.get(index).is_some_and(|q| self.is_paced(now, q.size()));
         let (Some(io), Some(queue)) = (&mut self.io, cx.queues.get(index)) else {
             return Progress::Waiting;
         };
         (self.tx_at, self.tx_look) = (None, None);
-        let ours = of_sent_frames(queue.size(), paced);
+        let ours = of_sent_frames(queue.size());
         self.tx_signals.set(self.shared.coalescing(Flow::Tx), ours, queue);
         let before = self.metrics.tx_frames.get();
         let failed_before = self.metrics.tx_failed.get();

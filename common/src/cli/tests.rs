@@ -111,6 +111,8 @@ fn an_error_chain_is_one_line() {
         .context("disk 3")
         .unwrap_err();
     assert_eq!(error_line(&quoting), "error: disk 3: cannot open x: no such file; make it");
+    let within = Err::<(), _>(anyhow::anyhow!("disk")).context("cannot open disk 3").unwrap_err();
+    assert_eq!(error_line(&within), "error: cannot open disk 3: disk");
 }
 
 #[test]

@@ -212,7 +212,8 @@ pub trait QueueHandler: Send {
     }
 
     /// How long at least queue `index`, just emptied, is left alone before it is looked at again, without a
-    /// kick meanwhile, if that was worth it lately; up to eight times as long, if few chains come. For queues whose chains nobody waits for. Zero: not at all.
+    /// kick meanwhile, if that was worth it lately; up to eight times as long, if few chains come. For
+    /// queues whose chains nobody waits for. Zero: not at all.
     fn rest(&self, index: u16) -> Duration {
         let _ = index;
         Duration::ZERO
@@ -391,6 +392,8 @@ impl<H: QueueHandler> EventLoop<H> {
             queue.disable_notifications();
             let before = queue.metrics().requests.get();
             let progress = self.handler.on_kick(index, &mut self.cx);
+            // Of this turn, or it would be an old one for the next.
+            let noted = self.cx.noted.take();
             // The handler may have filled other queues too (vsock answers on its receive queue).
             self.publish_all();
             match progress {
@@ -404,7 +407,7 @@ impl<H: QueueHandler> EventLoop<H> {
                 }
                 Progress::Emptied => {}
             }
-            let (noted, rest) = (self.cx.noted.take(), self.handler.rest(index));
+            let rest = self.handler.rest(index);
             let now = || noted.unwrap_or_else(Instant::now);
             let Some(queue) = self.cx.queues.get(index) else { return };
             let came = queue.metrics().requests.get().wrapping_sub(before);

@@ -18,10 +18,6 @@ use outboard_common::ring::Queue;
 use super::pace::PACE;
 use crate::control::Coalescing;
 
-/// What a driver can wait for its sent frames' interrupt, microseconds. TCP has a millisecond's worth
-/// of data under way.
-const TX_USECS: u32 = 100;
-
 /// When a signal goes out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Rule {
@@ -34,11 +30,10 @@ pub(super) enum Rule {
     Held(Coalescing),
 }
 
-/// What is done for a transmit queue of `size` entries where the driver says nothing. `paced`: with the look
-/// after this one.
-pub(super) fn of_sent_frames(size: u16, paced: bool) -> Rule {
-    let pace = u32::try_from(PACE.as_micros()).unwrap_or(TX_USECS);
-    let max_usecs = if paced { pace } else { TX_USECS };
+/// What is done for a transmit queue of `size` entries where the driver says nothing: it can wait for as
+/// long as a look takes, for TCP has a millisecond's worth of data under way.
+pub(super) fn of_sent_frames(size: u16) -> Rule {
+    let max_usecs = PACE.subsec_micros();
     Rule::Held(Coalescing { max_packets: u32::from(size / 4), max_usecs })
 }
 

@@ -6,8 +6,8 @@
 //! nothing between requests but what INIT agreed on, so that any thread may call it, for different
 //! chains at the same time.
 //!
-//! A request that would have to wait is not done with [`Wait::Never`] (or [`Wait::Briefly`]): the outcome is then
-//! [`Outcome::Slow`], the chain is as it was popped, and the caller has the request done again on
+//! A request that would have to wait is not done with [`Wait::Never`] (or, if that takes long,
+//! [`Wait::Briefly`]): the outcome is then [`Outcome::Slow`], the chain is as it was popped, and the caller has the request done again on
 //! another thread with [`Wait::Allowed`]. A SETLKW whose lock is taken comes back as
 //! [`Outcome::Locked`]: the caller keeps the chain and asks again later, or on a thread that may wait for
 //! the lock ([`Wait::ForLock`]); INTERRUPT ends the wait with `EINTR`.
