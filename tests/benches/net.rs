@@ -75,9 +75,9 @@ echo result p99 $(sed -n 198p /tmp/times)
 #[derive(Debug, Clone)]
 struct Bulk {
     to_guest: bool,
-    /// Congestion control of the whole name space. One that paces (bbr) sends by timers, which go off on the
-    /// CPU that took the last acknowledgement, the daemon's, and are in its time. A connection that began
-    /// with one is paced for ever, so none is ever changed.
+    /// Congestion control. One that paces (bbr) sends by timers, which go off on the CPU that took the last
+    /// acknowledgement, the daemon's, and are in its time. A connection that began with one is paced for
+    /// ever, so none is changed: it comes from the route.
     control: String,
 }
 
@@ -89,18 +89,28 @@ impl std::fmt::Display for Bulk {
 }
 
 impl Bulk {
-    fn namespace(&self, root: &ToolRoot) -> NetNs {
-        let (namespace, control) = (NetNs::new(root).unwrap(), self.control.clone());
-        let set = move || fs::write("/proc/sys/net/ipv4/tcp_congestion_control", control);
-        namespace.run(set).unwrap().unwrap();
-        namespace
+    /// Has the host's TCP use the congestion control towards a guest on `tap0`.
+    fn control_tap(&self, root: &ToolRoot, namespace: &NetNs) {
+        self.replace(root, namespace, "10.9.0.0/24 dev tap0 src 10.9.0.1");
+    }
+
+    /// The same towards passt, and in passt, which are connected over the loopback.
+    fn control_loopback(&self, root: &ToolRoot, namespace: &NetNs) {
+        for to in ["127.0.0.0/8", "127.0.0.1"] {
+            let route = "dev lo proto kernel scope host src 127.0.0.1 table local";
+            self.replace(root, namespace, &format!("local {to} {route}"));
+        }
+    }
+
+    fn replace(&self, root: &ToolRoot, namespace: &NetNs, route: &str) {
+        namespace.ip(root, &format!("route replace {route} congctl {}", self.control)).unwrap();
     }
 }
 
-/// Both directions, with this machine's congestion control and with the one that every kernel has.
+/// Both directions, with Linux's default and with this machine's.
 fn bulks() -> Vec<Bulk> {
     let own = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap();
-    let mut controls = vec![own.trim(), "reno"];
+    let mut controls = vec!["cubic", own.trim()];
     controls.dedup();
     let bulk = |control: &str, to_guest| Bulk { to_guest, control: control.to_owned() };
     [false, true]
@@ -178,13 +188,17 @@ fn passt(root: &ToolRoot, namespace: &NetNs, socket: &Path) -> Daemon {
 }
 
 fn guest_run(root: &'static ToolRoot, which: Which, mtu: u32, bulk: &Bulk, to: &mut GuestFigures) {
-    let namespace = bulk.namespace(root);
+    let namespace = NetNs::new(root).unwrap();
     let dir = tempfile::Builder::new().prefix("bench").tempdir_in("/tmp").unwrap();
     let socket = dir.path().join("net.sock");
     let daemon = match which {
         Which::Ours => ours(root, &namespace, &socket),
         Which::Passt => passt(root, &namespace, &socket),
     };
+    match which {
+        Which::Ours => bulk.control_tap(root, &namespace),
+        Which::Passt => bulk.control_loopback(root, &namespace),
+    }
     let mut server = root.command("iperf3").unwrap();
     namespace.enter(server.args(["--server", "--forceflush"]));
     let _server = Service::start("iperf3", server, dir.path(), "listening on").unwrap();

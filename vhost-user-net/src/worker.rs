@@ -160,7 +160,7 @@ impl NetWorker {
         };
         self.rx_at = None;
         let ours = if paced {
-            Rule::EachTurn
+            Rule::EachLook
         } else if self.rx_bulk.is_on(now) {
             OF_BULK
         } else {

@@ -30,14 +30,15 @@ const FRAMES: usize = 50_000;
 /// How long frames gather before the loop reads them.
 const GATHER: Duration = Duration::from_micros(100);
 
-/// A tap in a name space.
+/// A tap in a name space of its own.
 pub(crate) struct Tap {
     pub(crate) file: File,
     pub(crate) namespace: NetNs,
 }
 
 impl Tap {
-    pub(crate) fn new(root: &ToolRoot, namespace: NetNs, mtu: u32) -> Self {
+    pub(crate) fn new(root: &ToolRoot, mtu: u32) -> Self {
+        let namespace = NetNs::new(root).unwrap();
         let file = namespace.run(open).unwrap();
         for line in [
             format!("link set tap0 address 02:00:00:00:00:01 mtu {mtu} txqueuelen 1000 up"),
@@ -86,7 +87,7 @@ pub(crate) fn cpu() -> f64 {
 /// Mpps per CPU second: out of the guest, into it. The first is the better of one `write` a frame and
 /// batches of an io_uring.
 pub(crate) fn frames(root: &ToolRoot, bytes: usize) -> (f64, f64) {
-    let tap = Tap::new(root, NetNs::new(root).unwrap(), 65520);
+    let tap = Tap::new(root, 65520);
     pin(1);
     let out = [&[0; HEADER][..], &frame([0xff; 6], bytes)].concat();
     let rates = (write_each(&tap, &out).max(write_batches(&tap, &out)), read_each(&tap, bytes));

@@ -129,15 +129,9 @@ impl BareWire {
         let base = ram.alloc((PIECES * PIECE) as u64, 4096).unwrap();
         ram.fill(base, PIECES * PIECE, 0x5a);
         let guest = shared.then(|| Guest::start(&ram, base, !to_guest));
-        Self {
-            tap: Tap::new(root, bulk.namespace(root), mtu),
-            ram,
-            base,
-            piece: 0,
-            guest,
-            to_guest,
-            looks,
-        }
+        let tap = Tap::new(root, mtu);
+        bulk.control_tap(root, &tap.namespace);
+        Self { tap, ram, base, piece: 0, guest, to_guest, looks }
     }
 
     /// The next piece of memory.
@@ -227,7 +221,7 @@ struct RingWire {
 
 impl RingWire {
     fn new(root: &ToolRoot, format: RingFormat, mtu: u32, bulk: &Bulk) -> Self {
-        let namespace = bulk.namespace(root);
+        let namespace = NetNs::new(root).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let daemon = ours(root, &namespace, &dir.path().join("net.sock"));
         for line in [
@@ -236,6 +230,7 @@ impl RingWire {
         ] {
             namespace.ip(root, &line).unwrap();
         }
+        bulk.control_tap(root, &namespace);
         let ram = GuestRam::new(64 << 20).unwrap();
         let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
         let [mut rx, mut tx] = attach_pair(&mut frontend, &ram, format, RING);
