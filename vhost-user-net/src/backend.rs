@@ -34,7 +34,7 @@ pub trait Backend: Send + Sync + Debug {
         None
     }
 
-    /// Whether a write may find no room and work later. A tap never is full: it drops.
+    /// Whether a write may find no room and work later.
     fn may_be_full(&self) -> bool {
         false
     }
