@@ -14,8 +14,10 @@ use std::time::{Duration, Instant};
 use testkit::daemon::{self, Daemon, ask};
 use testkit::driver::{Buffer, GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, FrontEnd};
+use testkit::link_socket::segment_datagrams;
 use testkit::memory::GuestRam;
 use testkit::netns::NetNs;
+use testkit::pcap::{self, Checksum};
 use testkit::skip::skip;
 use testkit::toolroot::ToolRoot;
 use virtio_bindings::virtio_net as v;
@@ -258,6 +260,8 @@ fn flows_reach_queues_that_are_served(place: &Place, arguments: &[&str]) {
     drop(one);
     // A driver of two, which first uses one of them.
     let mut two = Guest::attach(daemon.socket(), RingFormat::Packed, u64::MAX, 5);
+    // An answer: the control queue is served.
+    two.control(4, &[0, 0, 1]);
     let sent = flows(place);
     assert_eq!(two.source_ports(0), sent, "one of two pairs");
     two.control(4, &[4, 0, 2, 0]);
@@ -403,4 +407,77 @@ fn a_macvtap_on_a_slow_card_loses_nothing() {
     let Some(place) = Place::of_veth() else { return };
     let Some(device) = place.macvtap(3_000_000) else { return };
     a_slow_card_loses_nothing(&place, &["--macvtap", device.to_str().unwrap()]);
+}
+
+/// The host's side leaves checksums and cutting to the reader; a driver that did not negotiate that, or
+/// switched it off since, gets datagrams that are whole.
+fn a_guest_gets_frames_that_it_takes(place: &Place, arguments: &[&str]) {
+    let every = [
+        v::VIRTIO_NET_F_GUEST_CSUM,
+        v::VIRTIO_NET_F_GUEST_TSO4,
+        v::VIRTIO_NET_F_GUEST_TSO6,
+        v::VIRTIO_NET_F_GUEST_ECN,
+        v::VIRTIO_NET_F_GUEST_UFO,
+        v::VIRTIO_NET_F_GUEST_USO4,
+        v::VIRTIO_NET_F_GUEST_USO6,
+    ];
+    let offloads = every.iter().fold(0, |bits, bit| bits | 1u64 << bit);
+    let no_udp = offloads & !(1 << v::VIRTIO_NET_F_GUEST_USO4 | 1 << v::VIRTIO_NET_F_GUEST_USO6);
+    let daemon = place.start(arguments);
+    place.settle();
+    let socket = place.host_socket();
+    segment_datagrams(&socket, 1000).unwrap();
+    let payload: Vec<u8> = (0..9500).map(|i| (i % 251) as u8).collect();
+    for format in RingFormat::ALL {
+        // A driver of before UDP's segmentation, one without offloads, one that gives them up.
+        for (features, later) in [
+            (NO_MQ & !offloads | no_udp, None),
+            (NO_MQ & !offloads, None),
+            (NO_MQ & !(1 << v::VIRTIO_NET_F_MRG_RXBUF), Some(0u64)),
+        ] {
+            let mut guest = Guest::attach(daemon.socket(), format, features, 3);
+            if let Some(later) = later {
+                guest.control(2, &[&[5, 0][..], &later.to_le_bytes()].concat());
+            }
+            assert_eq!(socket.send(&payload).unwrap(), payload.len());
+            let mut got = Vec::new();
+            while got.len() < payload.len() {
+                let bytes = guest.received(0, TIMEOUT).expect("the whole payload");
+                let (header, frame) = bytes.split_at(HEADER);
+                if frame[12..14] != [8, 0] || frame[36..38] != [0, 77] {
+                    continue;
+                }
+                assert_eq!(header[1], 0, "a super-frame");
+                if features & (1 << v::VIRTIO_NET_F_GUEST_CSUM) == 0 || later.is_some() {
+                    assert_eq!(header[0], 0, "a checksum is left to the guest");
+                    assert_eq!(pcap::checksum(frame), Checksum::Right);
+                }
+                assert!(frame.len() <= 42 + 1000);
+                got.extend_from_slice(&frame[42..]);
+            }
+            assert!(got == payload, "{format:?}");
+        }
+    }
+    assert_eq!(place.metric("net_rx_unsegmented_total"), 0);
+    assert_eq!(place.metric("net_rx_dropped_total"), 0);
+}
+
+#[test]
+fn a_guest_on_a_tap_gets_frames_that_it_takes() {
+    let Some(place) = Place::of_tap() else { return };
+    a_guest_gets_frames_that_it_takes(&place, &["--tap", "tap0"]);
+}
+
+#[test]
+fn a_guest_on_a_veth_gets_frames_that_it_takes() {
+    let Some(place) = Place::of_veth() else { return };
+    a_guest_gets_frames_that_it_takes(&place, &["--packet", "eth0"]);
+}
+
+#[test]
+fn a_guest_on_a_macvtap_gets_frames_that_it_takes() {
+    let Some(place) = Place::of_veth() else { return };
+    let Some(device) = place.macvtap(4_000_000) else { return };
+    let arguments = ["--macvtap", device.to_str().unwrap(), "--mac", ME_TEXT];
+    a_guest_gets_frames_that_it_takes(&place, &arguments);
 }

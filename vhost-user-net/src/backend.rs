@@ -72,6 +72,11 @@ pub trait Backend: Send + Sync + Debug {
     /// The kernel refuses.
     fn set_guest_offloads(&self, offloads: u64) -> io::Result<()>;
 
+    /// Whether it can be told that, and gives no frame that needs more.
+    fn takes_offloads(&self) -> bool {
+        true
+    }
+
     /// Takes a queue pair in or out of use.
     fn set_pair_running(&self, pair: u16, running: bool) {
         let _ = (pair, running);

@@ -231,6 +231,11 @@ impl Shared {
         result.is_ok()
     }
 
+    /// The offloads that the guest takes at present.
+    pub fn guest_offloads(&self) -> u64 {
+        self.offloads.load(Ordering::Relaxed)
+    }
+
     /// Which queue is the control queue. Virtio 1.3, 5.1.2.
     pub fn control_queue(&self) -> Option<u16> {
         if !self.has_feature(v::VIRTIO_NET_F_CTRL_VQ) {

@@ -19,6 +19,7 @@ mod frame_io;
 mod moderation;
 mod pace;
 mod rest;
+mod rework;
 mod rx;
 pub(crate) mod switch;
 mod tx;
@@ -34,10 +35,11 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
 use self::doubt::Doubt;
-use self::frame_io::FrameIo;
+use self::frame_io::{FrameIo, Reworked};
 use self::moderation::{Moderation, OF_BULK, Rule, of_sent_frames};
 use self::pace::{Bulk, NEAR, PACE, is_roomy};
 use self::rest::Rest;
+use self::rework::Rework;
 use self::rx::RxSide;
 use self::tx::TxSide;
 use crate::backend::user::{News, UserLink};
@@ -159,6 +161,7 @@ impl NetWorker {
             return Progress::Waiting;
         };
         self.rx_at = None;
+        io.set_guest(self.shared.guest_offloads(), header_size(queue.features()));
         let ours = if paced {
             Rule::EachTurn
         } else if self.rx_bulk.is_on(now) {
@@ -281,7 +284,14 @@ impl NetWorker {
         let fd = self.shared.backend.queue(self.pair).ok_or(std::io::ErrorKind::NotFound)?;
         let fd = fd.try_clone_to_owned()?;
         let io = BatchIo::new(fd.as_fd(), self.shared.plain_io);
-        self.use_io(FrameIo::Calls(fd, Box::new(io)), cx)
+        let io = Box::new(io);
+        let io = if self.shared.backend.takes_offloads() {
+            FrameIo::Calls(fd, io)
+        } else {
+            let rework = Rework::new(self.metrics.rx_unsegmented.clone());
+            FrameIo::Reworked(fd, io, Box::new(Reworked::new(rework)))
+        };
+        self.use_io(io, cx)
     }
 
     fn use_io(&mut self, io: FrameIo, cx: &mut Context) -> std::io::Result<()> {
@@ -333,7 +343,7 @@ impl NetWorker {
     /// The back end's descriptor reports an error.
     #[cold]
     fn on_error(&mut self, cx: &mut Context) {
-        if matches!(self.io, Some(FrameIo::Calls(..))) {
+        if matches!(self.io, Some(FrameIo::Calls(..) | FrameIo::Reworked(..))) {
             self.doubt.raise();
             if self.doubt.is_due(Instant::now()) {
                 self.check_interface(cx);

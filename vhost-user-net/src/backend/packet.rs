@@ -8,9 +8,8 @@
 //! addresses there: the guest has them.
 //!
 //! Unlike a tap, a packet socket cannot be told which offloads the reader takes: frames come as the
-//! sender's side left them. A guest that did not negotiate those offloads gets such frames all the same,
-//! and drops them; every guest of our time negotiates them. VLAN tags that the kernel strips on the way
-//! in are lost.
+//! sender's side left them, and the worker makes of them what the guest takes. VLAN tags that the kernel
+//! strips on the way in are lost.
 #![allow(unsafe_code, reason = "packet sockets have options and addresses of their own")]
 
 mod fanout;
@@ -22,7 +21,6 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
 use libc::{c_int, c_void};
-use virtio_bindings::virtio_net as v;
 
 use super::Backend;
 use crate::control::MacAddr;
@@ -184,8 +182,7 @@ impl Backend for PacketBackend {
     }
 
     fn features(&self) -> u64 {
-        // As a tap's, less what needs the kernel's help on the receiving side.
-        super::tap::FEATURES & !(1 << v::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+        super::tap::FEATURES
     }
 
     fn mtu(&self) -> Option<u16> {
@@ -210,6 +207,10 @@ impl Backend for PacketBackend {
 
     fn set_guest_offloads(&self, _offloads: u64) -> io::Result<()> {
         Ok(())
+    }
+
+    fn takes_offloads(&self) -> bool {
+        false
     }
 
     fn set_pair_running(&self, pair: u16, running: bool) {
