@@ -80,3 +80,18 @@ impl LinkSocket {
         usize::try_from(sent).unwrap_or(0)
     }
 }
+
+/// Has the kernel cut what is sent on `socket` into datagrams of `bytes` (UDP_SEGMENT), as late as it can.
+///
+/// # Errors
+/// The kernel cannot.
+pub fn segment_datagrams(socket: &std::net::UdpSocket, bytes: u16) -> io::Result<()> {
+    let value = libc::c_int::from(bytes);
+    let len = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
+    let pointer = (&raw const value).cast();
+    // SAFETY: the value is `len` bytes and lives during the call.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, pointer, len)
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

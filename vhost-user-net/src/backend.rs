@@ -34,7 +34,7 @@ pub trait Backend: Send + Sync + Debug {
         None
     }
 
-    /// Whether a write may find no room and work later. A tap never is full: it drops.
+    /// Whether a write may find no room and work later.
     fn may_be_full(&self) -> bool {
         false
     }
@@ -71,6 +71,11 @@ pub trait Backend: Send + Sync + Debug {
     /// # Errors
     /// The kernel refuses.
     fn set_guest_offloads(&self, offloads: u64) -> io::Result<()>;
+
+    /// Whether it can be told that, and gives no frame that needs more.
+    fn takes_offloads(&self) -> bool {
+        true
+    }
 
     /// Takes a queue pair in or out of use.
     fn set_pair_running(&self, pair: u16, running: bool) {

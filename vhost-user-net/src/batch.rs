@@ -12,6 +12,7 @@
     reason = "hands guest memory to the kernel through io_uring and readv/writev"
 )]
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, types};
@@ -147,6 +148,8 @@ pub struct BatchIo {
     ring: Option<IoUring>,
     fd: RawFd,
     results: Vec<i32>,
+    /// Frames that found no room while one after them did; they go first.
+    late: VecDeque<Vec<u8>>,
 }
 
 impl std::fmt::Debug for BatchIo {
@@ -181,7 +184,7 @@ impl BatchIo {
                 )
                 .ok()
         };
-        Self { ring, fd, results: Vec::new() }
+        Self { ring, fd, results: Vec::new(), late: VecDeque::new() }
     }
 
     /// Whether it uses io_uring.
@@ -190,14 +193,24 @@ impl BatchIo {
         self.ring.is_some()
     }
 
+    /// Whether frames wait that were said to be written. A write, even of no frames, goes on with them.
+    #[inline]
+    #[must_use]
+    pub fn has_rest(&self) -> bool {
+        !self.late.is_empty()
+    }
+
     /// Reads or writes one frame for each of `frames` (at most [`MAX_BATCH`]), in order. Gives for
-    /// each the bytes, or a negative error number.
+    /// each the bytes, or a negative error number. All frames that found no room (`EAGAIN`) are at the end.
     ///
     /// # Safety
     /// All memory of `frames` is mapped until this returns.
     pub unsafe fn transfer(&mut self, kind: Transfer, frames: &[FrameMemory]) -> &[i32] {
         self.results.clear();
         self.results.resize(frames.len(), -libc::EAGAIN);
+        if kind == Transfer::Write && self.has_rest() && !self.write_late() {
+            return &self.results;
+        }
         match &mut self.ring {
             Some(ring) if frames.len() > 1 && frames.len() <= MAX_BATCH => {
                 // SAFETY: as the caller promised.
@@ -207,6 +220,9 @@ impl BatchIo {
                     self.ring = None;
                     // SAFETY: as the caller promised.
                     unsafe { one_by_one(self.fd, kind, frames, &mut self.results) };
+                } else if kind == Transfer::Write {
+                    // SAFETY: as the caller promised.
+                    unsafe { self.keep_late(frames) };
                 }
             }
             _ => {
@@ -215,6 +231,40 @@ impl BatchIo {
             }
         }
         &self.results
+    }
+
+    /// Keeps copies of the frames that found no room though a later one of the batch did: there was some
+    /// by then.
+    ///
+    /// # Safety
+    /// All memory of `frames` is mapped until this returns.
+    #[inline]
+    unsafe fn keep_late(&mut self, frames: &[FrameMemory]) {
+        let Some(end) = self.results.iter().rposition(|&r| r != -libc::EAGAIN) else { return };
+        for (frame, result) in frames.iter().zip(&mut self.results).take(end) {
+            if *result == -libc::EAGAIN {
+                let mut bytes = Vec::with_capacity(frame.bytes());
+                // SAFETY: as the caller promised.
+                unsafe { frame.copy_to(0, usize::MAX, &mut bytes) };
+                *result = i32::try_from(bytes.len()).unwrap_or(i32::MAX);
+                self.late.push_back(bytes);
+            }
+        }
+    }
+
+    /// Writes frames that are late; true if none is left.
+    #[cold]
+    fn write_late(&mut self) -> bool {
+        while let Some(bytes) = self.late.front() {
+            // SAFETY: whoever made this promised that the descriptor outlives it.
+            let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+            if rustix::io::write(fd, bytes) == Err(rustix::io::Errno::AGAIN) {
+                return false;
+            }
+            // Anything else is final, as it would have been in time.
+            self.late.pop_front();
+        }
+        true
     }
 }
 
@@ -278,7 +328,8 @@ unsafe fn one_by_one(fd: RawFd, kind: Transfer, frames: &[FrameMemory], results:
         *result = i32::try_from(bytes).unwrap_or(i32::MAX);
         if bytes < 0 {
             *result = -std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
-            if kind == Transfer::Read && *result == -libc::EAGAIN {
+            if *result == -libc::EAGAIN {
+                // Room that comes between two frames would let the second go before the first.
                 return;
             }
         }
@@ -330,6 +381,37 @@ mod tests {
     #[test]
     fn frames_keep_their_order_without_a_ring() {
         frames_keep_their_order(true);
+    }
+
+    #[test]
+    fn a_frame_that_found_no_room_goes_before_the_next_batch() {
+        let (a, b) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        for socket in [&a, &b] {
+            socket.set_nonblocking(true).unwrap();
+        }
+        let mut io = BatchIo::new(a.as_fd(), false);
+        let mut sent: Vec<_> = (1..=4u8).map(|i| vec![vec![i; 10]]).collect();
+        let frames: Vec<_> = sent.iter_mut().map(|f| memory(f)).collect();
+        io.results = vec![10, -libc::EAGAIN, 10, -libc::EAGAIN];
+        // SAFETY: `sent` outlives the calls.
+        unsafe { io.keep_late(&frames) };
+        assert_eq!(io.results, [10, 10, 10, -libc::EAGAIN]);
+        assert!(io.has_rest());
+        // SAFETY: as above.
+        let results = unsafe { io.transfer(Transfer::Write, &frames[3..]) };
+        assert_eq!(results, [10]);
+        assert!(!io.has_rest());
+        let mut room = [0; 20];
+        for byte in [2, 4] {
+            assert_eq!((b.recv(&mut room).unwrap(), room[0]), (10, byte));
+        }
+        // Without room nothing goes.
+        io.late.push_back(vec![5; 10]);
+        while a.send(&[0; 10]).is_ok() {}
+        // SAFETY: as above.
+        let results = unsafe { io.transfer(Transfer::Write, &frames) };
+        assert!(results.iter().all(|&r| r == -libc::EAGAIN));
+        assert!(io.has_rest());
     }
 
     #[test]

@@ -367,6 +367,19 @@ impl RxFilter {
         }
     }
 
+    /// Lets nothing through: what is received while the cable is out.
+    #[must_use]
+    pub fn nothing() -> Self {
+        let everything = Self::everything();
+        Self {
+            promiscuous: false,
+            no_multicast: true,
+            no_unicast: true,
+            no_broadcast: true,
+            ..everything
+        }
+    }
+
     /// The filter of a device whose control queue we serve: what it starts with after a reset. As
     /// drivers expect, everything is received until the first CTRL_RX command.
     #[must_use]

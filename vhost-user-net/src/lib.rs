@@ -142,6 +142,11 @@ fn plan_single(cli: &Cli, taps: Vec<OwnedFd>, before: Vec<OwnedFd>) -> anyhow::R
         cli.socket.choice().context("no front end is named: give --socket-path or --fd")?;
     let locked_mac = cli.device.mac.filter(|_| !cli.guard.any_mac);
     let backend = open_backend(cli, taps, before)?;
+    if let Some(mac) = cli.device.mac {
+        // Where the interface lets only its own address through, it must be the guest's.
+        let set = backend.set_mac(mac);
+        set.with_context(|| format!("cannot give the interface the address {mac}"))?;
+    }
     if let Some(mtu) = cli.device.mtu {
         give_mtu(backend.as_ref(), mtu)?;
     }

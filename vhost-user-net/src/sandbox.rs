@@ -25,6 +25,7 @@ const INTERFACES: &[Rule] = &[
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::TUNSETVNETLE)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::TUNSETQUEUE)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::TUNSETCARRIER)]),
+    allow_if(libc::SYS_ioctl, &[argument_is(1, sys::SIOCGIFNAME)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::SIOCGIFMTU)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::SIOCSIFMTU)]),
     allow_if(libc::SYS_ioctl, &[argument_is(1, sys::SIOCSIFHWADDR)]),

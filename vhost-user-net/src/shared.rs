@@ -3,7 +3,7 @@
 //! Everything here is changed rarely. Workers look at one atomic number per batch and take copies
 //! when it moved.
 
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use outboard_common::metrics::{Counter, DeviceMetrics, Histogram};
@@ -102,8 +102,8 @@ pub struct Shared {
     features: AtomicU64,
     /// `max_virtqueue_pairs`.
     max_pairs: u16,
-    /// Pairs that the driver uses, by CTRL_MQ.
-    pairs: AtomicU16,
+    /// Which pairs are in use. Locked only when that changes.
+    pairs: Mutex<Pairs>,
     /// Whether the control queue is served here, and not by the VMM.
     has_control: AtomicBool,
     config: Mutex<NetConfig>,
@@ -122,6 +122,22 @@ pub struct Shared {
     moved: Mutex<Option<ControlState>>,
     /// What it had set when it stopped; for a successor.
     stopped: Mutex<Option<ControlState>>,
+}
+
+/// Queue pairs, each in use when the driver wants it and its ring is there.
+#[derive(Debug)]
+struct Pairs {
+    /// How many the driver uses, by CTRL_MQ.
+    wanted: u16,
+    /// A bit for each whose receive ring runs; there are 64 pairs at the most.
+    started: u64,
+}
+
+impl Pairs {
+    fn uses(&self, pair: u16) -> bool {
+        pair < self.wanted
+            && self.started.checked_shr(pair.into()).is_some_and(|bits| bits & 1 != 0)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -165,7 +181,7 @@ impl Shared {
             plain_io: parts.plain_io,
             features: AtomicU64::new(0),
             max_pairs,
-            pairs: AtomicU16::new(max_pairs),
+            pairs: Mutex::new(Pairs { wanted: max_pairs, started: 0 }),
             has_control: AtomicBool::new(false),
             config: Mutex::new(parts.config),
             plugged: AtomicBool::new(true),
@@ -215,6 +231,11 @@ impl Shared {
         result.is_ok()
     }
 
+    /// The offloads that the guest takes at present.
+    pub fn guest_offloads(&self) -> u64 {
+        self.offloads.load(Ordering::Relaxed)
+    }
+
     /// Which queue is the control queue. Virtio 1.3, 5.1.2.
     pub fn control_queue(&self) -> Option<u16> {
         if !self.has_feature(v::VIRTIO_NET_F_CTRL_VQ) {
@@ -252,17 +273,21 @@ impl Shared {
         }
     }
 
-    /// Takes `pairs` queue pairs into use, and the others out of it.
+    /// Takes `pairs` queue pairs into use, as far as their rings are there, and the others out of it.
     pub fn set_pairs(&self, pairs: u16) {
-        self.pairs.store(pairs, Ordering::Release);
+        let mut state = lock(&self.pairs);
+        state.wanted = pairs;
         for pair in 0..self.max_pairs {
-            self.backend.set_pair_running(pair, pair < pairs);
+            self.backend.set_pair_running(pair, state.uses(pair));
         }
     }
 
-    /// Whether the driver uses `pair` (as far as it told us).
-    pub fn uses_pair(&self, pair: u16) -> bool {
-        pair < self.pairs.load(Ordering::Acquire)
+    /// The receive ring of `pair` was started or stopped.
+    pub fn set_pair_started(&self, pair: u16, started: bool) {
+        let mut state = lock(&self.pairs);
+        let bit = 1u64.checked_shl(pair.into()).unwrap_or(0);
+        state.started = if started { state.started | bit } else { state.started & !bit };
+        self.backend.set_pair_running(pair, state.uses(pair));
     }
 
     /// Sets when the driver is told of received or of sent frames.
@@ -282,9 +307,15 @@ impl Shared {
         }
     }
 
-    /// The receive filter, for change.
-    pub fn rx_filter(&self) -> Arc<RxFilter> {
+    /// The driver's receive filter, for change.
+    pub fn driver_filter(&self) -> Arc<RxFilter> {
         lock(&self.rx_filter).clone()
+    }
+
+    /// The receive filter in force. Not every back end has an end of the cable that can be pulled, so what
+    /// still comes out of an unplugged one goes no further.
+    pub fn rx_filter(&self) -> Arc<RxFilter> {
+        if self.is_plugged() { self.driver_filter() } else { Arc::new(RxFilter::nothing()) }
     }
 
     /// Puts another receive filter in force.
@@ -320,7 +351,14 @@ impl Shared {
     /// Plugs or unplugs the cable. It stays so, whatever becomes of the network behind it.
     pub fn set_plugged(&self, plugged: bool) {
         self.plugged.store(plugged, Ordering::Relaxed);
+        self.generation.fetch_add(1, Ordering::Release);
         self.change_config(|config| self.set_link(config));
+    }
+
+    /// Whether the operator has the cable plugged in.
+    #[inline]
+    pub fn is_plugged(&self) -> bool {
+        self.plugged.load(Ordering::Relaxed)
     }
 
     /// Whether there is a network behind the cable.
@@ -338,7 +376,7 @@ impl Shared {
     /// Puts the state of the link in configuration space; true if that changed it. Both its causes are read
     /// with `config` locked, so that whoever changes one of them last sees the other.
     fn set_link(&self, config: &mut NetConfig) -> bool {
-        let up = self.plugged.load(Ordering::Relaxed) && self.has_network();
+        let up = self.is_plugged() && self.has_network();
         config.set_status(S_LINK_UP, up)
     }
 
@@ -353,16 +391,16 @@ impl Shared {
         let mut mac = [0; 6];
         config.read(0, &mut mac);
         let control = self.control_state().or_else(|| lock(&self.stopped).clone());
-        let plugged = Some(self.plugged.load(Ordering::Relaxed));
+        let plugged = Some(self.is_plugged());
         SavedState { mac, mtu: config.mtu(), status: config.status(), plugged, control }
     }
 
     /// What the control queue's commands set, where it is served here.
     fn control_state(&self) -> Option<ControlState> {
         self.has_control.load(Ordering::Acquire).then(|| ControlState {
-            pairs: self.pairs.load(Ordering::Acquire),
+            pairs: lock(&self.pairs).wanted,
             offloads: self.offloads.load(Ordering::Relaxed),
-            filter: (*self.rx_filter()).clone(),
+            filter: (*self.driver_filter()).clone(),
             coalescing: [self.coalescing(Flow::Rx), self.coalescing(Flow::Tx)],
         })
     }
@@ -371,6 +409,7 @@ impl Shared {
     pub fn load(&self, state: SavedState) {
         let was_up = state.status & S_LINK_UP != 0;
         self.plugged.store(state.plugged.unwrap_or(was_up), Ordering::Relaxed);
+        self.generation.fetch_add(1, Ordering::Release);
         self.change_config(|config| {
             config.set_mac(MacAddr(state.mac));
             config.set_mtu(state.mtu);
@@ -393,7 +432,7 @@ impl Shared {
             false
         });
         for pair in 0..self.max_pairs {
-            self.backend.set_pair_running(pair, false);
+            self.set_pair_started(pair, false);
         }
     }
 }

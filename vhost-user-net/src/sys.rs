@@ -14,11 +14,13 @@ use crate::control::MacAddr;
 const TUNSETIFF: u32 = 0x4004_54ca;
 pub(crate) const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 pub(crate) const TUNGETIFF: u32 = 0x8004_54d2;
+const TUNSETSNDBUF: u32 = 0x4004_54d4;
 pub(crate) const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 pub(crate) const TUNSETQUEUE: u32 = 0x4004_54d9;
 pub(crate) const TUNSETVNETLE: u32 = 0x4004_54dc;
 pub(crate) const TUNSETCARRIER: u32 = 0x4004_54e2;
 const TUNGETDEVNETNS: u32 = 0x54e3;
+pub(crate) const SIOCGIFNAME: u32 = 0x8910;
 const SIOCGIFINDEX: u32 = 0x8933;
 pub(crate) const SIOCGIFMTU: u32 = 0x8921;
 pub(crate) const SIOCSIFMTU: u32 = 0x8922;
@@ -201,6 +203,14 @@ pub fn set_tap_offloads(fd: BorrowedFd<'_>, offloads: u32) -> io::Result<()> {
     ioctl_value(fd, TUNSETOFFLOAD, c_ulong::from(offloads))
 }
 
+/// Sets how many bytes of frames may be on their way out of a tap's or macvtap's descriptor.
+///
+/// # Errors
+/// Not a tap descriptor.
+pub fn set_tap_send_buffer(fd: BorrowedFd<'_>, mut bytes: c_int) -> io::Result<()> {
+    ioctl_ptr(fd, TUNSETSNDBUF, &mut bytes)
+}
+
 /// Takes a queue of a multi-queue tap in or out of use.
 ///
 /// # Errors
@@ -246,6 +256,17 @@ impl Interfaces {
         ioctl_ptr(self.0.as_fd(), SIOCGIFINDEX, &mut request)?;
         // SAFETY: SIOCGIFINDEX fills `ifru_ifindex`.
         Ok(unsafe { request.ifr_ifru.ifru_ifindex })
+    }
+
+    /// The name that the interface with this index has now.
+    ///
+    /// # Errors
+    /// No such interface.
+    pub fn name(&self, index: c_int) -> io::Result<InterfaceName> {
+        let mut request = empty_request();
+        request.ifr_ifru.ifru_ifindex = index;
+        ioctl_ptr(self.0.as_fd(), SIOCGIFNAME, &mut request)?;
+        Ok(InterfaceName::of(&request))
     }
 
     /// The MTU in bytes.

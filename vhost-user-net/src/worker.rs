@@ -7,7 +7,7 @@
 //!
 //! The back end's descriptor is watched edge-triggered: an edge means "read until there is no more",
 //! which [`RxSide`] remembers. It asks for a turn of the receive queue and so does the driver's kick;
-//! both end up in [`NetWorker::on_kick`]. A back end that may be full reports room in the same way.
+//! both end up in [`NetWorker::on_kick`]. A back end that was full reports room in the same way.
 //!
 //! A user-mode network's connection ends when its program does. The cable is out then, as far as the
 //! guest can see, and frames stay in its ring until the keeper sends another connection. So it is when
@@ -19,6 +19,7 @@ mod frame_io;
 mod moderation;
 mod pace;
 mod rest;
+mod rework;
 mod rx;
 pub(crate) mod switch;
 mod tx;
@@ -34,10 +35,11 @@ use outboard_common::worker::{Context, Progress, QueueHandler};
 use virtio_bindings::virtio_net as v;
 
 use self::doubt::Doubt;
-use self::frame_io::FrameIo;
+use self::frame_io::{FrameIo, Reworked};
 use self::moderation::{Moderation, OF_BULK, Rule, of_sent_frames};
 use self::pace::{Bulk, NEAR, PACE, is_roomy};
 use self::rest::Rest;
+use self::rework::Rework;
 use self::rx::RxSide;
 use self::tx::TxSide;
 use crate::backend::user::{News, UserLink};
@@ -159,6 +161,7 @@ impl NetWorker {
             return Progress::Waiting;
         };
         self.rx_at = None;
+        io.set_guest(self.shared.guest_offloads(), header_size(queue.features()));
         let ours = if paced {
             Rule::EachLook
         } else if self.rx_bulk.is_on(now) {
@@ -234,8 +237,10 @@ impl NetWorker {
         }
         match turn {
             Turn::Done | Turn::NoBuffers => Progress::Emptied,
-            // Room is an event of the back end's descriptor.
-            Turn::Full => Progress::Waiting,
+            Turn::Full => {
+                self.wait_for_backend(cx);
+                Progress::Waiting
+            }
             Turn::Budget => Progress::More,
             Turn::Limited(at) => {
                 self.tx_at = Some(at);
@@ -247,7 +252,9 @@ impl NetWorker {
 
     /// The back end is empty after `frames` frames: decides how to hear of the next one.
     fn rest_or_not(&mut self, frames: u64, paced: bool, cx: &mut Context) {
-        let Some(io) = self.io.as_ref().filter(|io| io.has_ring()) else { return };
+        if !self.io.as_ref().is_some_and(FrameIo::has_ring) {
+            return;
+        }
         let was_resting = self.rest.is_on();
         self.look_at = self.rest.emptied(frames, paced, Instant::now());
         if self.look_at.is_some() {
@@ -256,19 +263,20 @@ impl NetWorker {
         if self.rest.is_on() == was_resting {
             return;
         }
-        let mut events = self.room_events() | Events::EPOLLET;
-        if was_resting {
-            events |= Events::EPOLLIN;
-        }
-        // Frames that came meanwhile are an event at once.
-        if let Err(error) = cx.rewatch(io.raw_fd(), events, TOKEN_BACKEND) {
-            tracing::error!(device = %self.shared.name, %error, "cannot wait for frames");
-        }
+        self.wait_for_backend(cx);
     }
 
-    /// What tells of room in the back end.
-    fn room_events(&self) -> Events {
-        if self.shared.backend.may_be_full() { Events::EPOLLOUT } else { Events::empty() }
+    /// Waits for frames, unless they are looked for, and for room where there was none. A socket tells of
+    /// room with each frame that leaves it, so nobody else listens for that; a macvtap tells only who asked
+    /// after it was full. What happened meanwhile is an event at once.
+    fn wait_for_backend(&mut self, cx: &mut Context) {
+        let Some(io) = &self.io else { return };
+        let mut events = Events::EPOLLET;
+        events.set(Events::EPOLLIN, !self.rest.is_on());
+        events.set(Events::EPOLLOUT, self.tx.is_full());
+        if let Err(error) = cx.rewatch(io.raw_fd(), events, TOKEN_BACKEND) {
+            tracing::error!(device = %self.shared.name, %error, "cannot wait for the back end");
+        }
     }
 
     /// Opens the way to a back end with a descriptor of its own for each pair.
@@ -276,11 +284,18 @@ impl NetWorker {
         let fd = self.shared.backend.queue(self.pair).ok_or(std::io::ErrorKind::NotFound)?;
         let fd = fd.try_clone_to_owned()?;
         let io = BatchIo::new(fd.as_fd(), self.shared.plain_io);
-        self.use_io(FrameIo::Calls(fd, Box::new(io)), cx)
+        let io = Box::new(io);
+        let io = if self.shared.backend.takes_offloads() {
+            FrameIo::Calls(fd, io)
+        } else {
+            let rework = Rework::new(self.metrics.rx_unsegmented.clone());
+            FrameIo::Reworked(fd, io, Box::new(Reworked::new(rework)))
+        };
+        self.use_io(io, cx)
     }
 
     fn use_io(&mut self, io: FrameIo, cx: &mut Context) -> std::io::Result<()> {
-        let events = Events::EPOLLIN | Events::EPOLLET | self.room_events();
+        let events = Events::EPOLLIN | Events::EPOLLET;
         cx.watch(io.raw_fd(), events, TOKEN_BACKEND)?;
         self.io = Some(io);
         Ok(())
@@ -328,7 +343,7 @@ impl NetWorker {
     /// The back end's descriptor reports an error.
     #[cold]
     fn on_error(&mut self, cx: &mut Context) {
-        if matches!(self.io, Some(FrameIo::Calls(..))) {
+        if matches!(self.io, Some(FrameIo::Calls(..) | FrameIo::Reworked(..))) {
             self.doubt.raise();
             if self.doubt.is_due(Instant::now()) {
                 self.check_interface(cx);
@@ -436,7 +451,7 @@ fn obey(shared: &Shared, command: &Command) -> bool {
 }
 
 fn change_filter(shared: &Shared, command: &Command) {
-    let mut filter = (*shared.rx_filter()).clone();
+    let mut filter = (*shared.driver_filter()).clone();
     filter.apply(command);
     shared.set_rx_filter(filter);
 }
@@ -462,9 +477,7 @@ impl QueueHandler for NetWorker {
         }
         if index == self.rx_queue() {
             self.rx.start(features);
-            if self.shared.uses_pair(self.pair) {
-                self.shared.backend.set_pair_running(self.pair, true);
-            }
+            self.shared.set_pair_started(self.pair, true);
         } else {
             self.tx.start(features);
         }
@@ -476,7 +489,7 @@ impl QueueHandler for NetWorker {
             return;
         }
         if index == self.rx_queue() {
-            self.shared.backend.set_pair_running(self.pair, false);
+            self.shared.set_pair_started(self.pair, false);
             self.rx_at = None;
             if let Some(queue) = cx.queues.get(index) {
                 self.rx.stop(queue);
@@ -513,6 +526,7 @@ impl QueueHandler for NetWorker {
             cx.ask(self.rx_queue());
         }
         if events.contains(Events::EPOLLOUT) && self.tx.take_full() {
+            self.wait_for_backend(cx);
             cx.ask(self.rx_queue() + 1);
         }
     }

@@ -11,6 +11,7 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use super::Backend;
+use super::packet::SEND_BUFFER_BYTES;
 use super::tap::TapBackend;
 use crate::control::MacAddr;
 use crate::sys::{self, Interfaces};
@@ -41,6 +42,10 @@ impl MacvtapBackend {
             queues.push(fd);
         }
         let name = name.context("a device needs at least one queue pair")?;
+        for fd in &queues {
+            sys::set_tap_send_buffer(fd.as_fd(), SEND_BUFFER_BYTES)
+                .with_context(|| format!("cannot set the send buffer of {name}"))?;
+        }
         let interfaces = Interfaces::new().context("cannot make a socket")?;
         Ok(Self { tap: TapBackend::set_up(name, queues, interfaces)? })
     }
@@ -66,7 +71,11 @@ impl Backend for MacvtapBackend {
     fn may_be_gone(&self) -> bool {
         // The descriptor of a deleted macvtap takes frames as ever, and drops them. The name may be gone for
         // other reasons.
-        self.tap.mtu().is_none()
+        self.tap.interfaces().mtu(self.tap.first_name()).is_err()
+    }
+
+    fn may_be_full(&self) -> bool {
+        self.tap.may_be_full()
     }
 
     fn mtu(&self) -> Option<u16> {
@@ -74,7 +83,7 @@ impl Backend for MacvtapBackend {
     }
 
     fn fixed_mac(&self) -> Option<MacAddr> {
-        self.tap.interfaces().mac(self.tap.name()).ok()
+        self.tap.interfaces().mac(self.tap.first_name()).ok()
     }
 
     fn set_header_size(&self, bytes: usize) -> io::Result<()> {
@@ -91,7 +100,7 @@ impl Backend for MacvtapBackend {
 
     fn set_mac(&self, mac: MacAddr) -> io::Result<()> {
         match self.tap.queue(0) {
-            Some(fd) => sys::set_macvtap_mac(fd, self.tap.name(), mac),
+            Some(fd) => sys::set_macvtap_mac(fd, self.tap.first_name(), mac),
             None => Ok(()),
         }
     }

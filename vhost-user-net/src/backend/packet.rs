@@ -8,18 +8,19 @@
 //! addresses there: the guest has them.
 //!
 //! Unlike a tap, a packet socket cannot be told which offloads the reader takes: frames come as the
-//! sender's side left them. A guest that did not negotiate those offloads gets such frames all the same,
-//! and drops them; every guest of our time negotiates them. VLAN tags that the kernel strips on the way
-//! in are lost.
+//! sender's side left them, and the worker makes of them what the guest takes. VLAN tags that the kernel
+//! strips on the way in are lost.
 #![allow(unsafe_code, reason = "packet sockets have options and addresses of their own")]
+
+mod fanout;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
 use libc::{c_int, c_void};
-use virtio_bindings::virtio_net as v;
 
 use super::Backend;
 use crate::control::MacAddr;
@@ -30,7 +31,7 @@ const PACKET_VNET_HDR_SZ: c_int = 24;
 /// `PACKET_IGNORE_OUTGOING`: do not read what we, or others here, sent.
 const PACKET_IGNORE_OUTGOING: c_int = 23;
 /// Room for frames on their way out, bytes: several super-frames.
-const SEND_BUFFER_BYTES: c_int = 4 << 20;
+pub(super) const SEND_BUFFER_BYTES: c_int = 4 << 20;
 /// Room for frames not read yet, bytes.
 const RECEIVE_BUFFER_BYTES: c_int = 8 << 20;
 
@@ -49,8 +50,11 @@ pub struct PacketOptions {
 #[derive(Debug)]
 pub struct PacketBackend {
     name: InterfaceName,
+    index: c_int,
     queues: Vec<OwnedFd>,
     interfaces: Interfaces,
+    /// Which queues a guest serves. Locked only when one starts or stops.
+    running: Mutex<Vec<bool>>,
 }
 
 impl PacketBackend {
@@ -78,18 +82,14 @@ impl PacketBackend {
             queues.push(socket);
         }
         if queues.len() > 1 {
-            // Flows are spread over the sockets by their hash; the group's number is the
-            // interface's and ours.
-            let group = (index ^ i32::try_from(std::process::id()).unwrap_or(0)) & 0xffff;
-            for socket in &queues {
-                set_option(socket.as_fd(), libc::PACKET_FANOUT, group)
-                    .with_context(|| format!("cannot spread {name} over several queues"))?;
-            }
+            fanout::join(&queues, index)
+                .with_context(|| format!("cannot spread {name} over several queues"))?;
         }
         interfaces
             .add_flags(&name, libc::IFF_UP)
             .with_context(|| format!("cannot set {name} up"))?;
-        Ok(Self { name, queues, interfaces })
+        let running = Mutex::new(vec![false; queues.len()]);
+        Ok(Self { name, index, queues, interfaces, running })
     }
 }
 
@@ -182,12 +182,14 @@ impl Backend for PacketBackend {
     }
 
     fn features(&self) -> u64 {
-        // As a tap's, less what needs the kernel's help on the receiving side.
-        super::tap::FEATURES & !(1 << v::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+        super::tap::FEATURES
     }
 
     fn mtu(&self) -> Option<u16> {
-        self.interfaces.mtu(&self.name).ok().and_then(|mtu| u16::try_from(mtu).ok())
+        self.interfaces
+            .mtu(&self.interfaces.name(self.index).ok()?)
+            .ok()
+            .and_then(|mtu| u16::try_from(mtu).ok())
     }
 
     fn fixed_mac(&self) -> Option<MacAddr> {
@@ -207,7 +209,24 @@ impl Backend for PacketBackend {
         Ok(())
     }
 
+    fn takes_offloads(&self) -> bool {
+        false
+    }
+
+    fn set_pair_running(&self, pair: u16, running: bool) {
+        let mut all = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(state) = all.get_mut(usize::from(pair)) else { return };
+        *state = running;
+        let first = self.queues.first().filter(|_| self.queues.len() > 1);
+        let Some(socket) = first else { return };
+        let served = all.iter().take_while(|&&running| running).count();
+        if let Err(error) = fanout::spread(socket.as_fd(), served) {
+            tracing::warn!(interface = %self.name, served, %error, "cannot spread frames over the queues in use");
+        }
+    }
+
     fn set_mtu(&self, mtu: u16) -> io::Result<()> {
-        self.interfaces.set_mtu(&self.name, mtu)
+        // Somebody may have given the interface another name, and its name to another one.
+        self.interfaces.set_mtu(&self.interfaces.name(self.index)?, mtu)
     }
 }

@@ -161,9 +161,14 @@ impl TapBackend {
         Ok(tap)
     }
 
-    /// The interface's name.
-    #[must_use]
-    pub fn name(&self) -> &InterfaceName {
+    /// The interface's name at present: somebody may have given it another one, and that one to another.
+    fn name(&self) -> InterfaceName {
+        let now = self.queues.first().and_then(|fd| sys::tap_interface(fd.as_fd()).ok());
+        now.map_or_else(|| self.name.clone(), |(name, _)| name)
+    }
+
+    /// The name that the interface was opened by.
+    pub(super) fn first_name(&self) -> &InterfaceName {
         &self.name
     }
 
@@ -248,12 +253,17 @@ impl Backend for TapBackend {
         self.queues.get(usize::from(pair)).map(AsFd::as_fd)
     }
 
+    fn may_be_full(&self) -> bool {
+        // A tap never is, unless whoever opened it gave it a send buffer; a macvtap is as full as its card.
+        true
+    }
+
     fn features(&self) -> u64 {
         self.features
     }
 
     fn mtu(&self) -> Option<u16> {
-        self.interfaces.mtu(&self.name).ok().and_then(|mtu| u16::try_from(mtu).ok())
+        self.interfaces.mtu(&self.name()).ok().and_then(|mtu| u16::try_from(mtu).ok())
     }
 
     fn is_gone(&self) -> bool {
@@ -301,7 +311,7 @@ impl Backend for TapBackend {
     }
 
     fn set_mtu(&self, mtu: u16) -> io::Result<()> {
-        self.interfaces.set_mtu(&self.name, mtu)
+        self.interfaces.set_mtu(&self.name(), mtu)
     }
 
     fn set_link(&self, up: bool) -> io::Result<()> {

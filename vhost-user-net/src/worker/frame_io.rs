@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use super::rework::Rework;
 use crate::batch::{BatchIo, FrameMemory, Transfer};
 use crate::stream::{FrameStream, StreamError};
 
@@ -11,8 +12,41 @@ use crate::stream::{FrameStream, StreamError};
 pub(super) enum FrameIo {
     /// A descriptor on which each call is a frame.
     Calls(OwnedFd, Box<BatchIo>),
+    /// The same, with frames that a guest may not take as they come.
+    Reworked(OwnedFd, Box<BatchIo>, Box<Reworked>),
     /// A stream of frames.
     Stream(Box<FrameStream>),
+}
+
+/// What [`FrameIo::Reworked`] needs beside the descriptor.
+#[derive(Debug)]
+pub(super) struct Reworked {
+    pub(super) rework: Rework,
+    /// Those of the last read.
+    results: Vec<i32>,
+}
+
+impl Reworked {
+    pub(super) fn new(rework: Rework) -> Self {
+        Self { rework, results: Vec::new() }
+    }
+
+    /// # Safety
+    /// All memory of `frames` is mapped until this returns.
+    unsafe fn read(&mut self, io: &mut BatchIo, frames: &[FrameMemory]) -> &[i32] {
+        self.results.clear();
+        // SAFETY: as the caller promised.
+        let given = unsafe { self.rework.give(frames, &mut self.results) };
+        let rest = frames.get(given..).unwrap_or(&[]);
+        if !rest.is_empty() {
+            // SAFETY: as the caller promised.
+            self.results.extend_from_slice(unsafe { io.transfer(Transfer::Read, rest) });
+            let read = self.results.get_mut(given..).unwrap_or(&mut []);
+            // SAFETY: as the caller promised.
+            unsafe { self.rework.look(rest, read) };
+        }
+        &self.results
+    }
 }
 
 impl FrameIo {
@@ -24,15 +58,22 @@ impl FrameIo {
         match self {
             // SAFETY: as the caller promised.
             Self::Calls(_, io) => unsafe { io.transfer(kind, frames) },
+            Self::Reworked(_, io, more) if kind == Transfer::Read && more.rework.is_needed() => {
+                // SAFETY: as the caller promised.
+                unsafe { more.read(io, frames) }
+            }
+            // SAFETY: as the caller promised.
+            Self::Reworked(_, io, _) => unsafe { io.transfer(kind, frames) },
             // SAFETY: as the caller promised.
             Self::Stream(stream) => unsafe { stream.transfer(kind, frames) },
         }
     }
 
-    /// Whether a frame went out only in part; see [`FrameStream::has_rest`].
+    /// Whether something is still to be written; see [`FrameStream::has_rest`] and [`BatchIo::has_rest`].
+    #[inline]
     pub(super) fn has_rest(&self) -> bool {
         match self {
-            Self::Calls(..) => false,
+            Self::Calls(_, io) | Self::Reworked(_, io, _) => io.has_rest(),
             Self::Stream(stream) => stream.has_rest(),
         }
     }
@@ -40,21 +81,28 @@ impl FrameIo {
     /// Whether several frames are one system call; a kernel that can do that has fine timers too.
     pub(super) fn has_ring(&self) -> bool {
         match self {
-            Self::Calls(_, io) => io.has_ring(),
+            Self::Calls(_, io) | Self::Reworked(_, io, _) => io.has_ring(),
             Self::Stream(_) => false,
+        }
+    }
+
+    /// What the guest takes, and the bytes of header before its frames.
+    pub(super) fn set_guest(&mut self, offloads: u64, header_size: usize) {
+        if let Self::Reworked(_, _, more) = self {
+            more.rework.set_guest(offloads, header_size);
         }
     }
 
     pub(super) fn raw_fd(&self) -> RawFd {
         match self {
-            Self::Calls(fd, _) => fd.as_raw_fd(),
+            Self::Calls(fd, _) | Self::Reworked(fd, ..) => fd.as_raw_fd(),
             Self::Stream(stream) => stream.fd().as_raw_fd(),
         }
     }
 
     pub(super) fn take_error(&mut self) -> Option<StreamError> {
         match self {
-            Self::Calls(..) => None,
+            Self::Calls(..) | Self::Reworked(..) => None,
             Self::Stream(stream) => stream.take_error(),
         }
     }

@@ -86,6 +86,8 @@ impl Gate {
             return Next::Limited(at);
         }
         match slot.prepare(self.header_size, self.offloads) {
+            // Not every back end has an end of the cable that can be pulled.
+            Ok(_) if !self.shared.is_plugged() => self.metrics.tx_failed.add(1),
             Ok(inspected) => {
                 let seen = slot.head.get(self.header_size..inspected).unwrap_or(&[]);
                 if self.shared.source.is_open() || self.shared.source.check(seen).is_ok() {
@@ -140,6 +142,11 @@ impl TxSide {
     /// Whether a turn ended for want of room; asked once.
     pub(super) fn take_full(&mut self) -> bool {
         std::mem::take(&mut self.full)
+    }
+
+    /// Whether room in the back end is awaited.
+    pub(super) fn is_full(&self) -> bool {
+        self.full
     }
 
     /// A queue with these features starts.
