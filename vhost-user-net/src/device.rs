@@ -145,13 +145,12 @@ impl Device for NetDevice {
     }
 
     fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
+        let pair = u16::try_from(worker)?;
         if let Some(port) = self.shared.backend.switch_port() {
-            // Two workers of one port would take its receive queue from each other.
-            anyhow::ensure!(worker == 0, "there is no queue pair {worker}");
-            let event_loop = EventLoop::new(SwitchWorker::new(self.shared.clone(), port))?;
+            anyhow::ensure!(pair < self.shared.max_pairs(), "there is no queue pair {pair}");
+            let event_loop = EventLoop::new(SwitchWorker::new(self.shared.clone(), port, pair))?;
             return Ok(Box::new(move |control| event_loop.run(control)));
         }
-        let pair = u16::try_from(worker)?;
         let worker = NetWorker::new(self.shared.clone(), pair)?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))

@@ -5,6 +5,7 @@
 //! | [`header`] | `virtio_net_hdr`: checked and made anew (pure) |
 //! | [`control`] | control queue commands, and the receive filter they shape (pure) |
 //! | [`filter`] | anti-spoofing (pure) |
+//! | [`flow`] | which flow a frame belongs to (pure) |
 //! | [`config`] | configuration space |
 //! | [`device`], [`shared`] | what the device offers; what its threads share |
 //! | [`state`] | what moves to a newer daemon or another host |
@@ -29,6 +30,7 @@ pub mod config;
 pub mod control;
 pub mod device;
 pub mod filter;
+pub mod flow;
 pub mod header;
 pub mod operator;
 pub mod ports;
@@ -188,7 +190,12 @@ fn plan_switch(cli: &Cli) -> anyhow::Result<Vec<Plan>> {
         source: SourceFilter::new(port.mac, port.allow_ip.clone()),
         limits: port.limits_or(limits(&cli.guard)),
     };
-    Ok(ports.iter().zip(Switch::new(&options).ports()).enumerate().map(plan).collect())
+    Ok(ports
+        .iter()
+        .zip(Switch::new(&options, cli.backend.queue_pairs.get()).ports())
+        .enumerate()
+        .map(plan)
+        .collect())
 }
 
 /// The paths of all sockets.

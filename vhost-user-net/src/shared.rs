@@ -258,6 +258,7 @@ impl Shared {
         for pair in 0..self.max_pairs {
             self.backend.set_pair_running(pair, pair < pairs);
         }
+        self.backend.set_pairs(pairs);
     }
 
     /// Whether the driver uses `pair` (as far as it told us).
@@ -395,5 +396,6 @@ impl Shared {
         for pair in 0..self.max_pairs {
             self.backend.set_pair_running(pair, false);
         }
+        self.backend.forget_guest();
     }
 }

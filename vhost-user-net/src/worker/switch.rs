@@ -6,6 +6,9 @@
 //! batch's frames for it are copied from guest memory to guest memory, all used entries are shown with
 //! one store and at most one signal, and the lock is gone. A receive queue's own kicks mean nothing here:
 //! senders look into the ring.
+//!
+//! A port whose guest uses several queue pairs is as many destinations. Only for such a port a frame is
+//! looked at for its flow, once for all of them.
 #![allow(unsafe_code, reason = "copies from one guest's memory to another's")]
 
 use std::sync::Arc;
@@ -21,9 +24,10 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::fetch::fetch;
 use super::tx::{Gate, Next, Slot, take};
 use super::{Turn, answer_commands, has, is_mergeable};
-use crate::backend::switch::SwitchPort;
+use crate::backend::switch::{Peer, SwitchPort, is_in};
 use crate::checksum::{checksum, sum, udp_checksum};
 use crate::control::{MacAddr, RxFilter};
+use crate::flow::Flow;
 use crate::header::{
     ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP,
     GSO_UDP_L4, NetHeader, header_size,
@@ -37,8 +41,6 @@ const BATCH: usize = 64;
 const BUDGET: usize = 256;
 /// Where a UDP header has its checksum; no other protocol has it there.
 const UDP_CHECKSUM_AT: usize = 6;
-const RX_QUEUE: u16 = 0;
-const TX_QUEUE: u16 = 1;
 
 /// A frame on its way, checked.
 #[derive(Debug)]
@@ -126,11 +128,11 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    fn new(queue: Box<Queue>, shared: Arc<Shared>) -> Self {
+    fn new(queue: Box<Queue>, shared: Arc<Shared>, metrics: PairMetrics) -> Self {
         let features = queue.features();
         Self {
             queue,
-            metrics: shared.metrics.first().cloned().unwrap_or_default(),
+            metrics,
             filter: shared.rx_filter(),
             generation: shared.generation(),
             shared,
@@ -345,40 +347,79 @@ struct Out {
     header: NetHeader,
     copied: usize,
     to: u64,
+    /// The number of its flow, if that was asked for already.
+    flow: Option<u32>,
+    /// The pair of the port that is visited.
+    pair: u16,
     /// A port has it.
     taken: bool,
     /// Its chain is still to be given back.
     waits: bool,
 }
 
-/// The worker of one port.
+impl Out {
+    fn new() -> Self {
+        Self {
+            slot: Slot::new(),
+            header: NetHeader::new_zeroed(),
+            copied: 0,
+            to: 0,
+            flow: None,
+            pair: 0,
+            taken: false,
+            waits: false,
+        }
+    }
+
+    /// Whether it goes to port number `at`.
+    #[inline]
+    fn goes_to(&self, at: u32) -> bool {
+        (self.to >> at) & 1 != 0
+    }
+
+    /// What of the frame is in our memory.
+    #[inline]
+    fn head(&self, header_size: usize) -> &[u8] {
+        self.slot.head.get(header_size..self.copied).unwrap_or(&[])
+    }
+
+    /// The number of its flow.
+    fn flow(&mut self, header_size: usize) -> u32 {
+        let flow = self.flow.unwrap_or_else(|| Flow::of(self.head(header_size)).id());
+        *self.flow.insert(flow)
+    }
+}
+
+/// The worker of one queue pair of a port.
 #[derive(Debug)]
 pub(crate) struct SwitchWorker {
     gate: Gate,
     port: SwitchPort,
+    pair: u16,
     out: Box<[Out]>,
     command: Vec<u8>,
 }
 
 impl SwitchWorker {
-    /// The worker of `port`.
+    /// The worker of `pair` of `port`.
     #[must_use]
-    pub(crate) fn new(shared: Arc<Shared>, port: SwitchPort) -> Self {
-        let out = || Out {
-            slot: Slot::new(),
-            header: NetHeader::new_zeroed(),
-            copied: 0,
-            to: 0,
-            taken: false,
-            waits: false,
-        };
-        let metrics = shared.metrics.first().cloned().unwrap_or_default();
+    pub(crate) fn new(shared: Arc<Shared>, port: SwitchPort, pair: u16) -> Self {
+        let metrics = shared.metrics.get(usize::from(pair)).cloned().unwrap_or_default();
         Self {
             gate: Gate::new(shared, metrics),
             port,
-            out: (0..BATCH).map(|_| out()).collect(),
+            pair,
+            out: (0..BATCH).map(|_| Out::new()).collect(),
             command: Vec::new(),
         }
+    }
+
+    fn rx_queue(&self) -> u16 {
+        self.pair.saturating_mul(2)
+    }
+
+    fn tx_queue(&self) -> u16 {
+        self.rx_queue().saturating_add(1)
     }
 
     fn turn(&mut self, queue: &mut Queue) -> Turn {
@@ -403,16 +444,23 @@ impl SwitchWorker {
     /// Takes a batch. Gives the chains taken, and why there are no more, if so.
     fn fill(&mut self, queue: &mut Queue) -> (usize, Option<Turn>) {
         let tick = self.port.tick();
+        let flows = self.port.flows();
         let chains = take(queue, self.out.iter_mut().map(|out| &mut out.slot));
         let mut last = None;
         for at in 0..chains {
             let Some(out) = self.out.get_mut(at) else { break };
-            (out.to, out.taken, out.waits) = (0, false, false);
+            (out.to, out.taken, out.waits, out.flow) = (0, false, false, None);
             match self.gate.check(queue, &mut out.slot) {
                 Next::Frame(copied) => {
                     out.waits = true;
-                    match route(self.gate.header_size, &self.port, out, copied, tick, &mut last) {
-                        Some(to) => out.to = to,
+                    let header_size = self.gate.header_size;
+                    match route(header_size, &self.port, out, copied, tick, &mut last) {
+                        Some(to) => {
+                            out.to = to;
+                            if let Some(flows) = flows {
+                                flows.learn(out.flow(header_size), self.pair, tick);
+                            }
+                        }
                         None => {
                             self.gate.metrics.tx_spoofed.add(1);
                             out.waits = false;
@@ -434,24 +482,25 @@ impl SwitchWorker {
 
     /// Brings the frames of the first `chains` where they go, a destination at a time; gives their number.
     fn switch(&mut self, queue: &mut Queue, chains: usize) -> u64 {
+        let header_size = self.gate.header_size;
         let batch = self.out.get_mut(..chains).unwrap_or_default();
         let mut ports = batch.iter().fold(0, |all, out| all | out.to);
         while ports != 0 {
             let at = ports.trailing_zeros();
             ports &= ports - 1;
-            let Some((mut receiver, offloads)) = self.port.peer(at as usize) else { continue };
-            let Some(receiver) = receiver.as_mut() else { continue };
-            receiver.begin(batch.iter().filter(|out| (out.to >> at) & 1 != 0).count());
-            for out in batch.iter_mut().filter(|out| (out.to >> at) & 1 != 0) {
-                let frame = Frame {
-                    header: out.header,
-                    head: out.slot.head.get(self.gate.header_size..out.copied).unwrap_or(&[]),
-                    rest: out.slot.chain.readable.as_slice(),
-                    len: out.slot.len - self.gate.header_size,
-                };
-                out.taken |= receiver.receive(&frame, offloads);
+            let Some(peer) = self.port.peer(at as usize) else { continue };
+            let active = peer.active();
+            if active.count_ones() > 1 {
+                let pairs = steer(peer, at, active, batch, header_size);
+                for pair in (0..64).filter(|&pair| is_in(pairs, pair)) {
+                    let goes = |out: &Out| out.goes_to(at) && out.pair == pair;
+                    deliver(peer, pair, batch, header_size, goes);
+                }
+            } else if active != 0 {
+                // Below PAIRS_MAX.
+                let pair = u16::try_from(active.trailing_zeros()).unwrap_or(0);
+                deliver(peer, pair, batch, header_size, |out| out.goes_to(at));
             }
-            receiver.end();
         }
         let (mut bytes, mut sent, mut frames) = (0, 0, 0);
         for out in batch.iter_mut().filter(|out| out.waits) {
@@ -469,8 +518,43 @@ impl SwitchWorker {
     }
 
     fn take_receiver(&self) -> Option<Box<Queue>> {
-        self.port.set_receiver(None).map(|receiver| receiver.queue)
+        self.port.set_receiver(self.pair, None).map(|receiver| receiver.queue)
     }
+}
+
+/// Says on which of its `active` pairs each frame for port number `at` goes to it; gives all those pairs, a bit
+/// for each.
+fn steer(peer: Peer<'_>, at: u32, active: u64, batch: &mut [Out], header_size: usize) -> u64 {
+    let mut pairs = 0;
+    for out in batch.iter_mut().filter(|out| out.goes_to(at)) {
+        out.pair = peer.pair_of(out.flow(header_size), active);
+        pairs |= 1u64.checked_shl(out.pair.into()).unwrap_or(0);
+    }
+    pairs
+}
+
+/// Gives the frames of `batch` that `goes` says to a port's receive queue, in order.
+#[inline]
+fn deliver(
+    peer: Peer<'_>,
+    pair: u16,
+    batch: &mut [Out],
+    header_size: usize,
+    goes: impl Fn(&Out) -> bool,
+) {
+    let Some((mut receiver, offloads)) = peer.receiver(pair) else { return };
+    let Some(receiver) = receiver.as_mut() else { return };
+    receiver.begin(batch.iter().filter(|out| goes(out)).count());
+    for out in batch.iter_mut().filter(|out| goes(out)) {
+        let frame = Frame {
+            header: out.header,
+            head: out.slot.head.get(header_size..out.copied).unwrap_or(&[]),
+            rest: out.slot.chain.readable.as_slice(),
+            len: out.slot.len - header_size,
+        };
+        out.taken |= receiver.receive(&frame, offloads);
+    }
+    receiver.end();
 }
 
 /// Addresses as they stand in a frame, and where such a frame goes.
@@ -507,14 +591,14 @@ impl QueueHandler for SwitchWorker {
     fn on_start(&mut self, index: u16, cx: &mut Context) {
         if self.gate.shared.control_queue() == Some(index) {
             self.gate.shared.set_control(true);
-        } else if index == TX_QUEUE {
+        } else if index == self.tx_queue() {
             let features = cx.queues.get(index).map_or(0, |q| q.features());
             self.gate.start(features);
         }
     }
 
     fn take_back(&mut self, index: u16, cx: &mut Context) -> bool {
-        let lent = if index == RX_QUEUE { self.take_receiver() } else { None };
+        let lent = if index == self.rx_queue() { self.take_receiver() } else { None };
         let was_lent = lent.is_some();
         lent.into_iter().for_each(|queue| cx.queues.put(queue));
         was_lent
@@ -523,21 +607,23 @@ impl QueueHandler for SwitchWorker {
     fn on_stop(&mut self, index: u16, cx: &mut Context) {
         if self.gate.shared.control_queue() == Some(index) {
             self.gate.shared.set_control(false);
-        } else if index == TX_QUEUE {
+        } else if index == self.tx_queue() {
             cx.set_timer(None);
         }
     }
 
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
-        if index == RX_QUEUE {
+        if index == self.rx_queue() {
             if let Some(mut queue) = cx.queues.take(index) {
                 queue.disable_notifications();
-                self.port.set_receiver(Some(Receiver::new(queue, self.gate.shared.clone())));
+                let (shared, metrics) = (self.gate.shared.clone(), self.gate.metrics.clone());
+                let receiver = Receiver::new(queue, shared, metrics);
+                self.port.set_receiver(self.pair, Some(receiver));
             }
             return Progress::Waiting;
         }
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
-        if index != TX_QUEUE {
+        if index != self.tx_queue() {
             return answer_commands(&self.gate.shared, &mut self.command, queue);
         }
         match self.turn(queue) {
@@ -551,7 +637,7 @@ impl QueueHandler for SwitchWorker {
     }
 
     fn on_timer(&mut self, cx: &mut Context) {
-        cx.ask(TX_QUEUE);
+        cx.ask(self.tx_queue());
     }
 }
 
