@@ -16,6 +16,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::control::MacAddr;
+use crate::rss::SteeringConfig;
 
 /// One network back end.
 pub trait Backend: Send + Sync + Debug {
@@ -81,6 +82,11 @@ pub trait Backend: Send + Sync + Debug {
     /// The driver uses the first `pairs` queue pairs.
     fn set_pairs(&self, pairs: u16) {
         let _ = pairs;
+    }
+
+    /// Received frames are hashed and steered so; `None`: not hashed, and steered as the back end likes.
+    fn set_steering(&self, steering: Option<&SteeringConfig>) {
+        let _ = steering;
     }
 
     /// The guest is gone; another one may come.

@@ -58,6 +58,7 @@ impl NetDevice {
     /// A device around `shared`.
     #[must_use]
     pub fn new(shared: Arc<Shared>, offers: Offers) -> Self {
+        let steers = shared.steers();
         let mut features = RING_FEATURES | OWN_FEATURES | shared.backend.features();
         for (on, bit) in [
             (offers.mac, v::VIRTIO_NET_F_MAC),
@@ -65,6 +66,8 @@ impl NetDevice {
             (offers.mtu, v::VIRTIO_NET_F_MTU),
             (offers.speed, v::VIRTIO_NET_F_SPEED_DUPLEX),
             (shared.max_pairs() > 1, v::VIRTIO_NET_F_MQ),
+            (steers, v::VIRTIO_NET_F_RSS),
+            (steers, v::VIRTIO_NET_F_HASH_REPORT),
             // Several senders fill a switch's receive queue, and none of them waits.
             (shared.backend.switch_port().is_none(), v::VIRTIO_NET_F_NOTF_COAL),
         ] {

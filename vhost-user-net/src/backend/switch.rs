@@ -7,7 +7,8 @@
 //! a batch takes. It never waits for a receiver: what finds no buffers is dropped and counted there.
 //!
 //! Where a guest uses several queue pairs, the port remembers on which of them it last sent frames of a flow
-//! ([`Flows`]), and frames of that flow come to it on the same one. Virtio 1.3, 5.1.6.5.5.
+//! ([`Flows`]), and frames of that flow come to it on the same one, unless the driver gave a table of its own
+//! ([`Steering`]). Virtio 1.3, 5.1.6.5.5 and 5.1.6.5.6.
 //!
 //! Addresses are learnt into a table of atomic words, so looking them up takes no lock. A port can
 //! neither take an address that the operator gave to another one, nor displace living entries of others
@@ -24,6 +25,7 @@ use virtio_bindings::virtio_net as v;
 use super::Backend;
 use super::flows::Flows;
 use crate::control::MacAddr;
+use crate::rss::{Steering, SteeringConfig};
 use crate::worker::switch::Receiver;
 
 /// Ports at the most: one bit each.
@@ -156,6 +158,12 @@ struct Port {
     used: AtomicU64,
     /// With several pairs: which of them the guest sends a flow on.
     flows: Option<Flows>,
+    /// What the driver said of steering; senders keep a copy each.
+    steering: Mutex<Option<Arc<Steering>>>,
+    /// Changes with it; 0: the driver never said anything.
+    generation: AtomicU64,
+    /// It is a table that says where frames go.
+    has_table: AtomicBool,
 }
 
 impl Port {
@@ -168,6 +176,9 @@ impl Port {
             running: AtomicU64::new(0),
             used: AtomicU64::new(u64::MAX),
             flows: (pairs > 1).then(Flows::new),
+            steering: Mutex::default(),
+            generation: AtomicU64::new(0),
+            has_table: AtomicBool::new(false),
         }
     }
 
@@ -263,11 +274,13 @@ impl SwitchPort {
         Some(Peer { port })
     }
 
-    /// Where to note which pair the guest sends a flow on; `None` while it uses one pair alone.
+    /// Where to note which pair the guest sends a flow on; `None` while it uses one pair alone, or says itself
+    /// where frames go.
     #[must_use]
     pub fn flows(&self) -> Option<&Flows> {
         let port = self.port();
-        port.flows.as_ref().filter(|_| port.active().count_ones() > 1)
+        let wanted = || port.active().count_ones() > 1 && !port.has_table.load(Ordering::Relaxed);
+        port.flows.as_ref().filter(|_| wanted())
     }
 
     /// Puts the receiving side of `pair` in place, or takes it out; gives the one before.
@@ -299,20 +312,29 @@ impl<'a> Peer<'a> {
         self.port.active()
     }
 
+    /// How the driver wants frames steered. `seen` is the caller's copy, brought up to date.
+    #[inline]
+    #[must_use]
+    pub fn steering<'s>(&self, seen: &'s mut Seen) -> Option<&'s Steering> {
+        let generation = self.port.generation.load(Ordering::Acquire);
+        if generation != seen.generation {
+            seen.generation = generation;
+            let steering = self.port.steering.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.steering.clone_from(&steering);
+        }
+        seen.steering.as_deref()
+    }
+
     /// The pair of `active` that frames of flow `id` go to: the one on which the guest last sent some, or else
-    /// always the same one. `active` has a bit at the least.
+    /// always the same one. Without any, a pair that is not there.
     #[must_use]
     pub fn pair_of(self, id: u32, active: u64) -> u16 {
         let known = self.port.flows.as_ref().and_then(|flows| flows.find(id));
-        if let Some(pair) = known.filter(|&pair| is_in(active, pair)) {
+        if let Some(pair) = known.filter(|&pair| bits(active).any(|one| one == pair)) {
             return pair;
         }
-        let mut left = active;
-        for _ in 0..(u64::from(id) * u64::from(active.count_ones())) >> 32 {
-            left &= left - 1;
-        }
-        // Below PAIRS_MAX.
-        u16::try_from(left.trailing_zeros()).unwrap_or(0)
+        let share = (u64::from(id) * u64::from(active.count_ones())) >> 32;
+        bits(active).nth(usize::try_from(share).unwrap_or(0)).unwrap_or(PAIRS_MAX)
     }
 
     /// The receiving side of `pair`, locked, with the offloads that the guest takes.
@@ -323,10 +345,21 @@ impl<'a> Peer<'a> {
     }
 }
 
-/// Whether `pair` is one of `pairs`, a bit for each.
+/// A sender's copy of how a port's frames are steered.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    generation: u64,
+    steering: Option<Arc<Steering>>,
+}
+
+/// The numbers of the bits that are set.
 #[inline]
-pub(crate) fn is_in(pairs: u64, pair: u16) -> bool {
-    pairs.checked_shr(pair.into()).is_some_and(|bits| bits & 1 != 0)
+pub(crate) fn bits(mut of: u64) -> impl Iterator<Item = u16> {
+    std::iter::from_fn(move || {
+        let lowest = u16::try_from(of.trailing_zeros()).ok().filter(|_| of != 0)?;
+        of &= of - 1;
+        Some(lowest)
+    })
 }
 
 impl Backend for SwitchPort {
@@ -365,6 +398,18 @@ impl Backend for SwitchPort {
     fn set_pairs(&self, pairs: u16) {
         let used = u64::MAX >> PAIRS_MAX.saturating_sub(pairs.max(1));
         self.port().used.store(used, Ordering::Relaxed);
+    }
+
+    fn set_steering(&self, steering: Option<&SteeringConfig>) {
+        let port = self.port();
+        let mut place = port.steering.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.is_none() && steering.is_none() {
+            return;
+        }
+        *place = steering.map(|config| Arc::new(Steering::new(config)));
+        let has_table = place.as_ref().is_some_and(|steering| steering.has_table());
+        port.has_table.store(has_table, Ordering::Relaxed);
+        port.generation.fetch_add(1, Ordering::Release);
     }
 
     fn forget_guest(&self) {

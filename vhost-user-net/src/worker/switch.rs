@@ -24,14 +24,15 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::fetch::fetch;
 use super::tx::{Gate, Next, Slot, take};
 use super::{Turn, answer_commands, has, is_mergeable};
-use crate::backend::switch::{Peer, SwitchPort, is_in};
+use crate::backend::switch::{PORTS_MAX, Peer, Seen, SwitchPort, bits};
 use crate::checksum::{checksum, sum, udp_checksum};
 use crate::control::{MacAddr, RxFilter};
 use crate::flow::Flow;
 use crate::header::{
     ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP,
-    GSO_UDP_L4, NetHeader, header_size,
+    GSO_UDP_L4, HEADER_SIZE, HashHeader, NetHeader, header_size,
 };
+use crate::rss::{HashReport, Steering};
 use crate::segment::Segments;
 use crate::shared::{PairMetrics, Shared};
 
@@ -52,9 +53,17 @@ struct Frame<'a> {
     rest: &'a [iovec],
     /// Bytes of both.
     len: usize,
+    /// Its flow's hash, for a guest that wants that in the header.
+    hash: HashReport,
 }
 
-impl Frame<'_> {
+impl<'a> Frame<'a> {
+    /// A frame in our memory that needs nothing of its receiver.
+    fn finished(frame: &'a [u8], hash: HashReport) -> Self {
+        let header = NetHeader::new_zeroed();
+        Self { header, head: frame, rest: &[], len: frame.len(), hash }
+    }
+
     /// The whole frame in `room`, in our memory.
     fn gather(&self, room: &mut Vec<u8>) {
         room.clear();
@@ -177,8 +186,7 @@ impl Receiver {
             // What can never fit must not hold up the other senders of this queue.
             Some(mut pieces) if pieces.count() <= usize::from(self.queue.size()) => {
                 while pieces.next_into(&mut room) {
-                    let header = NetHeader::new_zeroed();
-                    let piece = Frame { header, head: &room, rest: &[], len: room.len() };
+                    let piece = Frame::finished(&room, frame.hash);
                     // The checksums are filled in: no offload is needed.
                     given |= self.give(&piece, 0);
                 }
@@ -204,8 +212,7 @@ impl Receiver {
         if partial && !has(offloads, v::VIRTIO_NET_F_GUEST_CSUM) {
             let mut room = std::mem::take(&mut self.room);
             frame.finish(&mut room);
-            let header = NetHeader::new_zeroed();
-            self.copy(&Frame { header, head: &room, rest: &[], len: room.len() }, count);
+            self.copy(&Frame::finished(&room, frame.hash), count);
             self.room = room;
         } else {
             self.copy(frame, count);
@@ -283,9 +290,14 @@ impl Receiver {
     /// Copies header and frame into the next `count` chains, which are large enough, and uses them.
     #[inline]
     fn copy(&mut self, frame: &Frame<'_>, count: usize) {
-        let mut header = frame.header;
+        let mut header = HashHeader {
+            net: frame.header,
+            hash_value: frame.hash.value.into(),
+            hash_report: frame.hash.kind.into(),
+            padding: 0.into(),
+        };
         // A ring has at most 32,768 chains.
-        header.num_buffers = u16::try_from(count).unwrap_or(u16::MAX).into();
+        header.net.num_buffers = u16::try_from(count).unwrap_or(u16::MAX).into();
         let header = header.as_bytes();
         let header = header.get(..self.header_size).unwrap_or(header);
         let range = self.next..self.next + count;
@@ -347,10 +359,11 @@ struct Out {
     header: NetHeader,
     copied: usize,
     to: u64,
-    /// The number of its flow, if that was asked for already.
-    flow: Option<u32>,
-    /// The pair of the port that is visited.
+    /// Its flow, and that one's number, if they were asked for already.
+    flow: Option<(Flow, u32)>,
+    /// The pair of the port that is visited, and the hash there.
     pair: u16,
+    hash: HashReport,
     /// A port has it.
     taken: bool,
     /// Its chain is still to be given back.
@@ -366,6 +379,7 @@ impl Out {
             to: 0,
             flow: None,
             pair: 0,
+            hash: HashReport::default(),
             taken: false,
             waits: false,
         }
@@ -383,10 +397,13 @@ impl Out {
         self.slot.head.get(header_size..self.copied).unwrap_or(&[])
     }
 
-    /// The number of its flow.
-    fn flow(&mut self, header_size: usize) -> u32 {
-        let flow = self.flow.unwrap_or_else(|| Flow::of(self.head(header_size)).id());
-        *self.flow.insert(flow)
+    /// Its flow, and the number of that.
+    fn flow(&mut self, header_size: usize) -> &(Flow, u32) {
+        let found = self.flow.take().unwrap_or_else(|| {
+            let flow = Flow::of(self.head(header_size));
+            (flow, flow.id())
+        });
+        self.flow.insert(found)
     }
 }
 
@@ -396,6 +413,8 @@ pub(crate) struct SwitchWorker {
     gate: Gate,
     port: SwitchPort,
     pair: u16,
+    /// How the other ports' frames are steered.
+    seen: Box<[Seen]>,
     out: Box<[Out]>,
     command: Vec<u8>,
 }
@@ -409,6 +428,7 @@ impl SwitchWorker {
             gate: Gate::new(shared, metrics),
             port,
             pair,
+            seen: vec![Seen::default(); PORTS_MAX].into(),
             out: (0..BATCH).map(|_| Out::new()).collect(),
             command: Vec::new(),
         }
@@ -458,7 +478,7 @@ impl SwitchWorker {
                         Some(to) => {
                             out.to = to;
                             if let Some(flows) = flows {
-                                flows.learn(out.flow(header_size), self.pair, tick);
+                                flows.learn(out.flow(header_size).1, self.pair, tick);
                             }
                         }
                         None => {
@@ -490,16 +510,15 @@ impl SwitchWorker {
             ports &= ports - 1;
             let Some(peer) = self.port.peer(at as usize) else { continue };
             let active = peer.active();
-            if active.count_ones() > 1 {
-                let pairs = steer(peer, at, active, batch, header_size);
-                for pair in (0..64).filter(|&pair| is_in(pairs, pair)) {
+            let steering = self.seen.get_mut(at as usize).and_then(|seen| peer.steering(seen));
+            if active.count_ones() > 1 || steering.is_some() {
+                for pair in bits(steer(peer, at, active, steering, batch, header_size)) {
                     let goes = |out: &Out| out.goes_to(at) && out.pair == pair;
-                    deliver(peer, pair, batch, header_size, goes);
+                    deliver(peer, pair, batch, header_size, |out| goes(out).then_some(out.hash));
                 }
-            } else if active != 0 {
-                // Below PAIRS_MAX.
-                let pair = u16::try_from(active.trailing_zeros()).unwrap_or(0);
-                deliver(peer, pair, batch, header_size, |out| out.goes_to(at));
+            } else if let Some(pair) = bits(active).next() {
+                let hash = |out: &Out| out.goes_to(at).then(HashReport::default);
+                deliver(peer, pair, batch, header_size, hash);
             }
         }
         let (mut bytes, mut sent, mut frames) = (0, 0, 0);
@@ -522,35 +541,49 @@ impl SwitchWorker {
     }
 }
 
-/// Says on which of its `active` pairs each frame for port number `at` goes to it; gives all those pairs, a bit
-/// for each.
-fn steer(peer: Peer<'_>, at: u32, active: u64, batch: &mut [Out], header_size: usize) -> u64 {
+/// Says on which of its pairs each frame for port number `at` goes to it, and the frame's hash there; gives all
+/// those pairs, a bit for each. The driver's table names any pair, automatic steering the `active` ones.
+fn steer(
+    peer: Peer<'_>,
+    at: u32,
+    active: u64,
+    steering: Option<&Steering>,
+    batch: &mut [Out],
+    header_size: usize,
+) -> u64 {
     let mut pairs = 0;
     for out in batch.iter_mut().filter(|out| out.goes_to(at)) {
-        out.pair = peer.pair_of(out.flow(header_size), active);
+        let &(flow, id) = out.flow(header_size);
+        out.hash = steering.map_or_else(HashReport::default, |steering| steering.hash(&flow));
+        out.pair = match steering.and_then(|steering| steering.pair(out.hash)) {
+            Some(pair) => pair,
+            None => peer.pair_of(id, active),
+        };
         pairs |= 1u64.checked_shl(out.pair.into()).unwrap_or(0);
     }
     pairs
 }
 
-/// Gives the frames of `batch` that `goes` says to a port's receive queue, in order.
+/// Gives the frames of `batch` for which `goes` has a hash to a port's receive queue, in order.
 #[inline]
 fn deliver(
     peer: Peer<'_>,
     pair: u16,
     batch: &mut [Out],
     header_size: usize,
-    goes: impl Fn(&Out) -> bool,
+    goes: impl Fn(&Out) -> Option<HashReport>,
 ) {
     let Some((mut receiver, offloads)) = peer.receiver(pair) else { return };
     let Some(receiver) = receiver.as_mut() else { return };
-    receiver.begin(batch.iter().filter(|out| goes(out)).count());
-    for out in batch.iter_mut().filter(|out| goes(out)) {
+    receiver.begin(batch.iter().filter(|out| goes(out).is_some()).count());
+    for out in batch.iter_mut() {
+        let Some(hash) = goes(out) else { continue };
         let frame = Frame {
             header: out.header,
             head: out.slot.head.get(header_size..out.copied).unwrap_or(&[]),
             rest: out.slot.chain.readable.as_slice(),
             len: out.slot.len - header_size,
+            hash,
         };
         out.taken |= receiver.receive(&frame, offloads);
     }
@@ -573,7 +606,9 @@ fn route(
 ) -> Option<u64> {
     let (header, frame) = out.slot.head.get(..copied)?.split_at_checked(header_size)?;
     out.header = NetHeader::new_zeroed();
-    out.header.as_mut_bytes().get_mut(..header.len())?.copy_from_slice(header);
+    // What may follow `num_buffers` says nothing on a frame that is sent.
+    let clean = header.get(..HEADER_SIZE).unwrap_or(header);
+    out.header.as_mut_bytes().get_mut(..clean.len())?.copy_from_slice(clean);
     out.copied = copied;
     let (to, rest) = MacAddr::read_from_prefix(frame).ok()?;
     let (from, _) = MacAddr::read_from_prefix(rest).ok()?;
