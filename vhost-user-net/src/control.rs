@@ -357,13 +357,14 @@ fn hash_config(raw: Raw<'_>, max_pairs: u16) -> Result<Command, ControlError> {
     if config.is_sound(max_pairs) { Ok(Command::Hash(config)) } else { Err(raw.bad_value()) }
 }
 
-/// A key behind its length.
+/// A key behind its length. Linux 6.15 and later count a byte of padding to these commands, the last.
 fn key(raw: Raw<'_>, data: &[u8]) -> Result<Vec<u8>, ControlError> {
     let (len, key) = raw.first::<u8>(data)?;
     if len > KEY_MAX {
         return Err(raw.bad_value());
     }
-    if key.len() == usize::from(len) { Ok(key.to_vec()) } else { Err(raw.bad_length()) }
+    let (key, padding) = key.split_at_checked(len.into()).ok_or_else(|| raw.bad_length())?;
+    if padding.len() <= 1 { Ok(key.to_vec()) } else { Err(raw.bad_length()) }
 }
 
 /// Two tables, each a count and its addresses.

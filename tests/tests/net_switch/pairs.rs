@@ -270,7 +270,7 @@ fn frames_go_where_the_drivers_table_says() {
         rss(TYPES, &[0, 0], 0, 2, &[7; 41]),
         rss(TYPES, &[0, 0], 0, 2, &[]),
         right[..right.len() - 1].to_vec(),
-        [&right[..], &[0]].concat(),
+        [&right[..], &[0, 0]].concat(),
         vec![4, 1],
     ] {
         assert_eq!(many.control(&wrong), 1, "{wrong:?}");
@@ -366,7 +366,7 @@ fn headers_tell_the_hash() {
             hash_config(1, &[]),
             hash_config(1, &[1; 41]),
             hash_config(1, &KEY)[..53].to_vec(),
-            [&hash_config(1, &KEY)[..], &[0]].concat(),
+            [&hash_config(1, &KEY)[..], &[0, 0]].concat(),
             vec![4, 2],
         ] {
             assert_eq!(hashing.control(&wrong), 1, "{wrong:?}");
