@@ -420,6 +420,16 @@ fn obey(shared: &Shared, command: &Command) -> bool {
         }
         Command::Pairs(pairs) => {
             shared.set_pairs(*pairs);
+            shared.steer_automatically();
+            true
+        }
+        Command::Rss(pairs, steering) => {
+            shared.set_pairs(*pairs);
+            shared.set_steering(Some(steering.clone()));
+            true
+        }
+        Command::Hash(steering) => {
+            shared.set_steering(Some(steering.clone()));
             true
         }
         Command::GuestOffloads(offloads) => shared.set_guest_offloads(*offloads),
