@@ -349,6 +349,26 @@ fn ports_are_guarded_one_by_one() {
     assert!(metric(&metrics, "net_rx_limited_total") >= 18);
 }
 
+/// Every frame is recorded once, whoever gets it, and none that may not be sent.
+#[test]
+fn the_capture_has_what_guests_send() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("switch.pcap");
+    let option = ["--pcap", file.to_str().unwrap()];
+    let ports = [",mac=02:00:00:00:00:00", "", ""];
+    let (_daemon, _metrics) = switch_with(dir.path(), &ports, &option);
+    let mut g: Vec<Guest> =
+        (0..3).map(|n| Guest::new(dir.path(), n, RingFormat::Split, NO_MQ, 32)).collect();
+    let sent = [frame(ALL, mac(0), 60), frame(mac(0), mac(1), 3000), frame(mac(7), mac(2), 14)];
+    g[0].send(PLAIN, &frame(ALL, mac(9), 60));
+    for (guest, frame) in g.iter_mut().zip(&sent) {
+        guest.send(PLAIN, frame);
+    }
+    assert_eq!(testkit::pcap::frames(&file).unwrap(), sent);
+    g[1].expect(&sent[0]);
+    g[0].expect(&sent[1]);
+}
+
 /// Requests name the port; one that does not is told which there are.
 #[test]
 fn ports_are_asked_and_changed_by_name() {

@@ -142,8 +142,8 @@ pub struct BackendArgs {
 }
 
 /// Options of a single device, or of an interface, that say nothing to a switch.
-const NOT_WITH_SWITCH: [&str; 8] =
-    ["netns", "socket_path", "fd", "client", "mac", "any_mac", "allow_ip", "pcap"];
+const NOT_WITH_SWITCH: [&str; 7] =
+    ["netns", "socket_path", "fd", "client", "mac", "any_mac", "allow_ip"];
 
 /// The other networks. The parser forgives a missing --user beside those that exclude it.
 const NOT_WITH_USER: [&str; 5] = ["tap", "tap_fd", "macvtap", "packet", "switch"];
@@ -216,7 +216,8 @@ pub struct GuardArgs {
     #[arg(long, value_name = "RATE")]
     pub rx_bytes: Option<Limit>,
 
-    /// Record every frame to this file (pcap); at --pcap-size it becomes FILE.1 and a new one starts
+    /// Record every frame to this file (pcap), with --switch once, as its guest sends it; at --pcap-size it
+    /// becomes FILE.1 and a new one starts
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
 

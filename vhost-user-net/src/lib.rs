@@ -105,9 +105,13 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     )?;
     let registry = Arc::new(Registry::new(PROGRAM));
     let options = SessionOptions::new(&cli.socket, &cli.workers);
+    let capture = match &cli.guard.pcap {
+        Some(path) => Some(Arc::new(Capture::open(path, cli.guard.pcap_size.bytes())?)),
+        None => None,
+    };
     let (mut devices, mut endpoints) = (Vec::new(), Vec::new());
     for plan in &plans {
-        let device = Arc::new(make_device(&cli, plan, &registry)?);
+        let device = Arc::new(make_device(&cli, plan, &registry, capture.clone()));
         let endpoint = taken.endpoint(device.clone(), &plan.choice, options.clone())?;
         endpoints.push(endpoint.counted_in(&registry));
         devices.push(device);
@@ -263,13 +267,14 @@ fn open_backend(
     Ok(backend)
 }
 
-fn make_device(cli: &Cli, plan: &Plan, registry: &Registry) -> anyhow::Result<NetDevice> {
-    let GuardArgs { any_mac, pcap, pcap_size, no_io_uring, .. } = &cli.guard;
+fn make_device(
+    cli: &Cli,
+    plan: &Plan,
+    registry: &Registry,
+    capture: Option<Arc<Capture>>,
+) -> NetDevice {
+    let GuardArgs { any_mac, no_io_uring, .. } = &cli.guard;
     let backend = plan.backend.clone();
-    let capture = match pcap {
-        Some(path) => Some(Capture::open(path, pcap_size.bytes())?),
-        None => None,
-    };
     let locked_mac = plan.mac.filter(|_| !any_mac);
     let mac = plan.mac.or_else(|| backend.fixed_mac());
     let mtu = cli.device.mtu.or_else(|| backend.mtu());
@@ -292,7 +297,7 @@ fn make_device(cli: &Cli, plan: &Plan, registry: &Registry) -> anyhow::Result<Ne
         mtu: mtu.is_some(),
         speed: cli.device.speed.is_some(),
     };
-    Ok(NetDevice::new(Arc::new(shared), offers))
+    NetDevice::new(Arc::new(shared), offers)
 }
 
 /// The limits on the command line; reading is the guest's receiving.

@@ -95,7 +95,7 @@ pub struct Shared {
     /// Limits, by direction: `Read` is towards the guest.
     pub limiter: RateLimiter,
     /// Where frames are recorded.
-    pub capture: Option<Capture>,
+    pub capture: Option<Arc<Capture>>,
     /// Counters, by queue pair.
     pub metrics: Vec<PairMetrics>,
     /// Write frames with plain system calls.
@@ -160,7 +160,7 @@ pub struct SharedParts {
     /// Limits.
     pub limiter: RateLimiter,
     /// Where frames are recorded.
-    pub capture: Option<Capture>,
+    pub capture: Option<Arc<Capture>>,
     /// Counters, by queue pair.
     pub metrics: Vec<PairMetrics>,
     /// Write frames with plain system calls.

@@ -67,15 +67,23 @@ impl<'a> Frame<'a> {
     /// The whole frame in `room`, in our memory.
     fn gather(&self, room: &mut Vec<u8>) {
         room.clear();
-        room.extend_from_slice(self.head);
+        self.append_to(room, self.len);
+    }
+
+    /// Appends the frame's first `most` bytes to `room`.
+    fn append_to(&self, room: &mut Vec<u8>, most: usize) {
+        let head = self.head.get(..most).unwrap_or(self.head);
+        room.extend_from_slice(head);
+        let mut left = most - head.len();
         for part in self.rest {
-            let at = room.len();
-            room.resize(at + part.iov_len, 0);
+            let (at, len) = (room.len(), part.iov_len.min(left));
+            left -= len;
+            room.resize(at + len, 0);
             let to = room[at..].as_mut_ptr();
             // SAFETY: the range was just made in `room`, which is ours; the part lies in the memory
             // table that the sender's queue keeps, and its chain is not pushed yet.
             unsafe {
-                std::ptr::copy(part.iov_base.cast::<u8>(), to, part.iov_len);
+                std::ptr::copy(part.iov_base.cast::<u8>(), to, len);
             }
         }
     }
@@ -397,6 +405,18 @@ impl Out {
         self.slot.head.get(header_size..self.copied).unwrap_or(&[])
     }
 
+    /// The frame itself, with its hash where it goes.
+    #[inline]
+    fn frame(&self, header_size: usize, hash: HashReport) -> Frame<'_> {
+        Frame {
+            header: self.header,
+            head: self.head(header_size),
+            rest: self.slot.chain.readable.as_slice(),
+            len: self.slot.len - header_size,
+            hash,
+        }
+    }
+
     /// Its flow, and the number of that.
     fn flow(&mut self, header_size: usize) -> &(Flow, u32) {
         let found = self.flow.take().unwrap_or_else(|| {
@@ -503,6 +523,9 @@ impl SwitchWorker {
     /// Brings the frames of the first `chains` where they go, a destination at a time; gives their number.
     fn switch(&mut self, queue: &mut Queue, chains: usize) -> u64 {
         let header_size = self.gate.header_size;
+        if self.gate.shared.capture.is_some() {
+            self.record(chains);
+        }
         let batch = self.out.get_mut(..chains).unwrap_or_default();
         let mut ports = batch.iter().fold(0, |all, out| all | out.to);
         while ports != 0 {
@@ -534,6 +557,16 @@ impl SwitchWorker {
         self.gate.metrics.tx_failed.add(frames - sent);
         queue.metrics().bytes_read.add(bytes);
         frames
+    }
+
+    /// Records the frames of the first `chains` that may go anywhere.
+    #[cold]
+    fn record(&self, chains: usize) {
+        let Some(capture) = &self.gate.shared.capture else { return };
+        for out in self.out.iter().take(chains).filter(|out| out.waits) {
+            let frame = out.frame(self.gate.header_size, HashReport::default());
+            capture.record(frame.len, |room, most| frame.append_to(room, most));
+        }
     }
 
     fn take_receiver(&self) -> Option<Box<Queue>> {
@@ -578,14 +611,8 @@ fn deliver(
     receiver.begin(batch.iter().filter(|out| goes(out).is_some()).count());
     for out in batch.iter_mut() {
         let Some(hash) = goes(out) else { continue };
-        let frame = Frame {
-            header: out.header,
-            head: out.slot.head.get(header_size..out.copied).unwrap_or(&[]),
-            rest: out.slot.chain.readable.as_slice(),
-            len: out.slot.len - header_size,
-            hash,
-        };
-        out.taken |= receiver.receive(&frame, offloads);
+        let taken = receiver.receive(&out.frame(header_size, hash), offloads);
+        out.taken |= taken;
     }
     receiver.end();
 }
