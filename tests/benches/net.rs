@@ -71,6 +71,54 @@ echo result p50 $(sed -n 100p /tmp/times)
 echo result p99 $(sed -n 198p /tmp/times)
 "#;
 
+/// One stream of TCP, and how the host's TCP keeps its pace.
+#[derive(Debug, Clone)]
+struct Bulk {
+    to_guest: bool,
+    /// Congestion control. One that paces (bbr) sends by timers, which go off on the CPU that took the last
+    /// acknowledgement, the daemon's, and are in its time. A connection that began with one is paced for
+    /// ever, so none is changed: it comes from the route.
+    control: String,
+}
+
+impl std::fmt::Display for Bulk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let direction = if self.to_guest { "host to guest" } else { "guest to host" };
+        write!(f, "{direction}, {}", self.control)
+    }
+}
+
+impl Bulk {
+    /// Has the host's TCP use the congestion control towards a guest on `tap0`.
+    fn control_tap(&self, root: &ToolRoot, namespace: &NetNs) {
+        self.replace(root, namespace, "10.9.0.0/24 dev tap0 src 10.9.0.1");
+    }
+
+    /// The same towards passt, and in passt, which are connected over the loopback.
+    fn control_loopback(&self, root: &ToolRoot, namespace: &NetNs) {
+        for to in ["127.0.0.0/8", "127.0.0.1"] {
+            let route = "dev lo proto kernel scope host src 127.0.0.1 table local";
+            self.replace(root, namespace, &format!("local {to} {route}"));
+        }
+    }
+
+    fn replace(&self, root: &ToolRoot, namespace: &NetNs, route: &str) {
+        namespace.ip(root, &format!("route replace {route} congctl {}", self.control)).unwrap();
+    }
+}
+
+/// Both directions, with Linux's default and with this machine's.
+fn bulks() -> Vec<Bulk> {
+    let own = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap();
+    let mut controls = vec!["cubic", own.trim()];
+    controls.dedup();
+    let bulk = |control: &str, to_guest| Bulk { to_guest, control: control.to_owned() };
+    [false, true]
+        .iter()
+        .flat_map(|to_guest| controls.iter().map(|control| bulk(control, *to_guest)))
+        .collect()
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Which {
     Ours,
@@ -139,13 +187,7 @@ fn passt(root: &ToolRoot, namespace: &NetNs, socket: &Path) -> Daemon {
     daemon
 }
 
-fn guest_run(
-    root: &'static ToolRoot,
-    which: Which,
-    mtu: &str,
-    option: &str,
-    to: &mut GuestFigures,
-) {
+fn guest_run(root: &'static ToolRoot, which: Which, mtu: u32, bulk: &Bulk, to: &mut GuestFigures) {
     let namespace = NetNs::new(root).unwrap();
     let dir = tempfile::Builder::new().prefix("bench").tempdir_in("/tmp").unwrap();
     let socket = dir.path().join("net.sock");
@@ -153,12 +195,16 @@ fn guest_run(
         Which::Ours => ours(root, &namespace, &socket),
         Which::Passt => passt(root, &namespace, &socket),
     };
+    match which {
+        Which::Ours => bulk.control_tap(root, &namespace),
+        Which::Passt => bulk.control_loopback(root, &namespace),
+    }
     let mut server = root.command("iperf3").unwrap();
     namespace.enter(server.args(["--server", "--forceflush"]));
     let _server = Service::start("iperf3", server, dir.path(), "listening on").unwrap();
     let job = Job::from_script(GUEST)
-        .set("MTU", mtu)
-        .set("OPTION", option)
+        .set("MTU", &mtu.to_string())
+        .set("OPTION", if bulk.to_guest { "-R" } else { "" })
         .set("ADDRESS", "10.9.0.2")
         .set("SERVER", "10.9.0.1");
     let mut guest = UmlGuest::new(root).device(&socket, VirtioId::Net).start(&job).unwrap();
@@ -241,30 +287,30 @@ fn median(values: &[f64]) -> f64 {
 fn guest(root: &'static ToolRoot) {
     println!("guest: User Mode Linux, iperf3 TCP, one stream; medians of {ROUNDS}");
     println!(
-        "{:6} {:14} {:7} {:>8} {:>14} {:>9} {:>9}",
+        "{:6} {:20} {:7} {:>8} {:>14} {:>9} {:>9}",
         "MTU", "direction", "daemon", "Gbit/s", "Gbit/CPU s", "ping p50", "p99 (us)"
     );
     for mtu in [1500, 65520] {
-        for (direction, option) in [("guest to host", ""), ("host to guest", "-R")] {
+        for bulk in bulks() {
+            let direction = bulk.to_string();
             if is_wanted(&format!("{mtu} {direction}")) {
-                guest_row(root, mtu, direction, option);
+                guest_row(root, mtu, &direction, &bulk);
             }
         }
     }
 }
 
-fn guest_row(root: &'static ToolRoot, mtu: u32, direction: &str, option: &str) {
+fn guest_row(root: &'static ToolRoot, mtu: u32, direction: &str, bulk: &Bulk) {
     let mut figures = [GuestFigures::default(), GuestFigures::default()];
     let mut ceiling = Vec::new();
-    let text = mtu.to_string();
     for _ in 0..ROUNDS {
-        ceiling.push(tcp::tcp(root, Carrier::Bare, mtu, option == "-R"));
-        guest_run(root, Which::Ours, &text, option, &mut figures[0]);
-        guest_run(root, Which::Passt, &text, option, &mut figures[1]);
+        ceiling.push(tcp::tcp(root, Carrier::Bare, mtu, bulk));
+        guest_run(root, Which::Ours, mtu, bulk, &mut figures[0]);
+        guest_run(root, Which::Passt, mtu, bulk, &mut figures[1]);
     }
     for (name, f) in ["ours", "passt"].iter().zip(&figures) {
         println!(
-            "{mtu:<6} {direction:14} {name:7} {:8.2} {:14.1} {:9.0} {:9.0}",
+            "{mtu:<6} {direction:20} {name:7} {:8.2} {:14.1} {:9.0} {:9.0}",
             median(&f.gbit),
             median(&f.per_cpu),
             median(&f.p50_us),
@@ -273,7 +319,7 @@ fn guest_row(root: &'static ToolRoot, mtu: u32, direction: &str, option: &str) {
     }
     let (most, ours) = (median(&ceiling), median(&figures[0].per_cpu));
     let share = 100.0 * ours / most;
-    println!("{mtu:<6} {direction:14} ceiling          {most:14.1}   ours is {share:.0} %");
+    println!("{mtu:<6} {direction:20} ceiling          {most:14.1}   ours is {share:.0} %");
     let each = |of: fn(&Events) -> f64| {
         let values: Vec<f64> = figures[0].events.iter().map(|e| of(e) / SECONDS).collect();
         median(&values)
@@ -294,11 +340,12 @@ fn polling(root: &ToolRoot) {
         "polling: TCP with the testkit's driver, no interrupts; Gbit/CPU s, medians of {ROUNDS}"
     );
     println!(
-        "{:6} {:14} {:>8} {:>8} {:>22} {:>22}",
+        "{:6} {:20} {:>8} {:>8} {:>22} {:>22}",
         "MTU", "direction", "split", "packed", "bare, other's memory", "bare, its own"
     );
     for mtu in [1500, 65520] {
-        for (direction, to_guest) in [("guest to host", false), ("host to guest", true)] {
+        for bulk in bulks() {
+            let direction = bulk.to_string();
             if !is_wanted(&format!("{mtu} {direction}")) {
                 continue;
             }
@@ -311,11 +358,11 @@ fn polling(root: &ToolRoot) {
             let mut rates: [Vec<f64>; 4] = Default::default();
             for _ in 0..ROUNDS {
                 for (carrier, rates) in carriers.iter().zip(&mut rates) {
-                    rates.push(tcp::tcp(root, *carrier, mtu, to_guest));
+                    rates.push(tcp::tcp(root, *carrier, mtu, &bulk));
                 }
             }
             let [split, packed, shared, own] = rates.map(|rates| median(&rates));
-            println!("{mtu:<6} {direction:14} {split:8.1} {packed:8.1} {shared:22.1} {own:22.1}");
+            println!("{mtu:<6} {direction:20} {split:8.1} {packed:8.1} {shared:22.1} {own:22.1}");
         }
     }
 }

@@ -43,6 +43,10 @@ struct Recipe {
 const DPDK: Recipe =
     Recipe { name: "dpdk", packages: &["dpdk-dev", "busybox-static"], kept: &[], kernels: false };
 
+/// The program that sets a guest's network queues. Apart, since one test needs it.
+const ETHTOOL: Recipe =
+    Recipe { name: "ethtool", packages: &["ethtool", "busybox-static"], kept: &[], kernels: false };
+
 /// What fio is built with: Debian's own has no libblkio.
 const FIO: Recipe = Recipe {
     name: "fio",
@@ -154,6 +158,14 @@ impl ToolRoot {
         let fio = ROOT.get_or_init(|| build::compiled(&FIO, "fio")).as_ref();
         let fio = fio.map_err(|error| anyhow!("{error:#}"))?.join("usr/bin");
         self.command_with("/built/fio", &[(&fio, "/built")])
+    }
+
+    /// The program `ethtool` for a guest that boots from this root, or `None` after the test was counted as
+    /// skipped. Unpacked on first use.
+    #[must_use]
+    pub fn ethtool_for_test(&self) -> Option<PathBuf> {
+        let program = build::cached(&ETHTOOL, None).map(|root| root.join("usr/sbin/ethtool"));
+        program.map_err(|error| skip::skip(&format!("no ethtool: {error:#}"))).ok()
     }
 
     /// The root for a test, or `None` after the test was counted as skipped.

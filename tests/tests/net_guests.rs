@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -216,6 +218,61 @@ fn two_guests_talk_over_the_switch() {
     client.expect_success();
 }
 
+/// What a guest of a switch does that takes two queue pairs, with `TABLE` as its wish.
+const TWO_QUEUES: &str = r#"
+ethtool=/job/ethtool
+$ethtool -l eth0 | awk '/Combined/ { print $2 }' | tr '\n' ' ' | grep '^2 1 $'
+$ethtool -L eth0 combined 2
+$ethtool -x eth0 | grep 'with 2 RX ring'
+$ethtool -x eth0 | grep 'toeplitz: on'
+$ethtool -K eth0 rxhash on
+$ethtool -X eth0 $TABLE
+ip link set eth0 up
+ip address add 10.9.0.2/24 dev eth0
+ping -c 2 -i 0.2 -W 3 10.9.0.1
+for option in "" -R; do iperf3 -c 10.9.0.1 -P 8 -n 20M $option; done
+"#;
+
+/// A guest whose control queue we serve takes a second queue pair and steers frames with a table.
+#[test]
+fn uml_steers_its_frames_on_the_switch() {
+    let Some(root) = ToolRoot::for_test() else { return };
+    let Some(ethtool) = root.ethtool_for_test() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let sockets = ["a.sock", "b.sock"].map(|name| dir.path().join(name));
+    let metrics = dir.path().join("metrics");
+    let mut command = Command::new(daemon::bin("vhost-user-net").unwrap());
+    command.args(["--queue-pairs", "2", "--switch", "--metrics-socket"]).arg(&metrics);
+    for socket in &sockets {
+        command.arg("--port").arg(format!("socket={}", socket.display()));
+    }
+    let _daemon = Daemon::start_command("vhost-user-net", command, &sockets[1]).unwrap();
+    let guest = |socket: &Path| UmlGuest::new(root).device(socket, VirtioId::Net);
+    let mut server = guest(&sockets[0]).start(&Job::from_script(SERVE)).unwrap();
+    server.wait_for("Server listening", TIMEOUT).unwrap();
+    // Frames that a guest with this table got, by queue.
+    let mut before = [0; 2];
+    let mut received = |table: &str| {
+        let job = Job::from_script(TWO_QUEUES).program(&ethtool).set("TABLE", table);
+        guest(&sockets[1]).run(&job, TIMEOUT).unwrap().expect_success();
+        let mut text = String::new();
+        UnixStream::connect(&metrics).unwrap().read_to_string(&mut text).unwrap();
+        let now = [0, 2].map(|queue| {
+            let name = format!("net_rx_frames_total{{device=\"net1\",queue=\"{queue}\"}} ");
+            let number = |line: &str| line.split_once(&name)?.1.parse::<u64>().ok();
+            text.lines().find_map(number).unwrap_or_else(|| panic!("no {name} in {text}"))
+        });
+        let new = [now[0] - before[0], now[1] - before[1]];
+        before = now;
+        new
+    };
+    let [zero, one] = received("equal 2");
+    assert!(zero > 100 && one > 100, "{zero} and {one} frames");
+    // What has no hash, like ARP, goes to the first one still.
+    let [zero, one] = received("weight 0 1");
+    assert!(zero < 20 && one > 200, "{zero} and {one} frames");
+}
+
 #[test]
 fn uml_on_a_macvtap() {
     let Some(root) = ToolRoot::for_test() else { return };
@@ -402,9 +459,8 @@ fn qemu_keeps_its_connections_when_the_daemon_is_killed() {
 
 /// Queues that frames went through.
 fn used_queues(metrics: &Path) -> Vec<String> {
-    use std::io::Read;
     let mut text = String::new();
-    let mut socket = std::os::unix::net::UnixStream::connect(metrics).unwrap();
+    let mut socket = UnixStream::connect(metrics).unwrap();
     socket.read_to_string(&mut text).unwrap();
     let frames = |line: &&str| {
         let counter =

@@ -15,6 +15,9 @@ use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::memory::GuestRam;
 use virtio_bindings::virtio_net as v;
 
+#[path = "net_switch/pairs.rs"]
+mod pairs;
+
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Long enough for a frame that should not come.
 const QUIET: Duration = Duration::from_millis(50);
@@ -59,7 +62,7 @@ fn socket(dir: &Path, n: usize) -> PathBuf {
 }
 
 struct Guest {
-    _frontend: FrontEnd,
+    frontend: FrontEnd,
     ram: Arc<GuestRam>,
     queues: Vec<GuestQueue>,
     out: u64,
@@ -67,17 +70,32 @@ struct Guest {
 
 impl Guest {
     fn new(dir: &Path, n: usize, format: RingFormat, features: u64, buffers: usize) -> Self {
+        Self::with_pairs(dir, n, format, features, buffers, 1)
+    }
+
+    /// A guest that has so many queue pairs, with so many buffers each.
+    fn with_pairs(
+        dir: &Path,
+        n: usize,
+        format: RingFormat,
+        features: u64,
+        buffers: usize,
+        pairs: usize,
+    ) -> Self {
         let ram = GuestRam::new(4 << 20).unwrap();
         let mut frontend = FrontEnd::connect(&socket(dir, n)).unwrap();
-        let options = AttachOptions { features, queues: 3, ..AttachOptions::new(format) };
+        let queues = u16::try_from(2 * pairs + 1).unwrap();
+        let options = AttachOptions { features, queues, ..AttachOptions::new(format) };
         let (queues, _) = frontend.attach(&ram, &options).unwrap();
         let out = ram.alloc(1 << 16, 4096).unwrap();
-        let mut guest = Self { _frontend: frontend, ram, queues, out };
-        for _ in 0..buffers {
-            let at = guest.ram.alloc(u64::from(BUFFER), 64).unwrap();
-            assert!(guest.queues[0].add(&[Buffer::writable(at, BUFFER)], at));
+        let mut guest = Self { frontend, ram, queues, out };
+        for pair in 0..pairs {
+            for _ in 0..buffers {
+                let at = guest.ram.alloc(u64::from(BUFFER), 64).unwrap();
+                assert!(guest.queues[2 * pair].add(&[Buffer::writable(at, BUFFER)], at));
+            }
+            guest.queues[2 * pair].kick();
         }
-        guest.queues[0].kick();
         // A frame that comes before the worker has lent the queue to its port is dropped, as on a wire
         // that is not plugged in yet.
         std::thread::sleep(SETTLE);
@@ -85,26 +103,36 @@ impl Guest {
     }
 
     fn send(&mut self, header: [u8; HEADER], frame: &[u8]) {
-        let bytes = [&header[..], frame].concat();
-        self.ram.write(self.out, &bytes);
+        self.send_on(0, &[&header[..], frame].concat());
+    }
+
+    /// Sends header and frame on `pair`.
+    fn send_on(&mut self, pair: usize, bytes: &[u8]) {
+        self.ram.write(self.out, bytes);
         let buffer = Buffer::readable(self.out, u32::try_from(bytes.len()).unwrap());
-        self.queues[1].request(&[buffer], TIMEOUT).unwrap();
+        self.queues[2 * pair + 1].request(&[buffer], TIMEOUT).unwrap();
     }
 
     /// The next frame, with its header.
     fn receive(&mut self) -> Vec<u8> {
+        self.receive_on(0, TIMEOUT).unwrap()
+    }
+
+    /// The next frame of `pair`, with its header, if one comes in time.
+    fn receive_on(&mut self, pair: usize, timeout: Duration) -> Option<Vec<u8>> {
+        let queue = &mut self.queues[2 * pair];
         let mut frame: Vec<u8> = Vec::new();
         let (mut at, mut buffers) = (0, 1);
         while at < buffers {
-            let used = self.queues[0].wait(TIMEOUT).unwrap();
+            let used = queue.wait(timeout).ok()?;
             frame.extend(self.ram.bytes(used.cookie, used.len as usize));
             if at == 0 {
                 buffers = u16::from_le_bytes(frame[10..12].try_into().unwrap());
             }
             at += 1;
-            assert!(self.queues[0].add(&[Buffer::writable(used.cookie, BUFFER)], used.cookie));
+            assert!(queue.add(&[Buffer::writable(used.cookie, BUFFER)], used.cookie));
         }
-        frame
+        Some(frame)
     }
 
     fn expect(&mut self, frame: &[u8]) {
@@ -113,6 +141,40 @@ impl Guest {
 
     fn expect_nothing(&mut self) {
         assert!(self.queues[0].wait(QUIET).is_err());
+    }
+
+    /// Bytes before each frame.
+    fn header_size(&self) -> usize {
+        let has_hash = self.frontend.features & (1 << v::VIRTIO_NET_F_HASH_REPORT) != 0;
+        if has_hash { HEADER + 8 } else { HEADER }
+    }
+
+    /// Which pair the next frame comes on, and the frame without header.
+    fn receive_anywhere(&mut self) -> (usize, Vec<u8>) {
+        let pairs = self.queues.len() / 2;
+        let start = Instant::now();
+        let mut patience = Duration::ZERO;
+        while start.elapsed() < TIMEOUT {
+            for pair in 0..pairs {
+                if let Some(frame) = self.receive_on(pair, patience) {
+                    return (pair, frame[self.header_size()..].to_vec());
+                }
+            }
+            patience = Duration::from_micros(200);
+        }
+        panic!("no frame came");
+    }
+
+    /// A control command's answer.
+    fn control(&mut self, command: &[u8]) -> u8 {
+        self.ram.write(self.out, command);
+        let answer = self.out + 32768;
+        self.ram.write(answer, &[0xaa]);
+        let len = u32::try_from(command.len()).unwrap();
+        let chain = [Buffer::readable(self.out, len), Buffer::writable(answer, 1)];
+        let queue = self.queues.last_mut().unwrap();
+        assert_eq!(queue.request(&chain, TIMEOUT).unwrap(), 1);
+        self.ram.bytes(answer, 1)[0]
     }
 }
 

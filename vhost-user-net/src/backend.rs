@@ -3,6 +3,7 @@
 //! A [`Backend`] is opened once, before the sandbox closes, with a descriptor for every queue pair.
 //! Workers read and write those descriptors themselves; the trait is for everything rarer.
 
+pub mod flows;
 pub mod macvtap;
 pub mod packet;
 pub mod switch;
@@ -15,6 +16,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::control::MacAddr;
+use crate::rss::SteeringConfig;
 
 /// One network back end.
 pub trait Backend: Send + Sync + Debug {
@@ -87,6 +89,19 @@ pub trait Backend: Send + Sync + Debug {
     fn set_pair_running(&self, pair: u16, running: bool) {
         let _ = (pair, running);
     }
+
+    /// The driver uses the first `pairs` queue pairs.
+    fn set_pairs(&self, pairs: u16) {
+        let _ = pairs;
+    }
+
+    /// Received frames are hashed and steered so; `None`: not hashed, and steered as the back end likes.
+    fn set_steering(&self, steering: Option<&SteeringConfig>) {
+        let _ = steering;
+    }
+
+    /// The guest is gone; another one may come.
+    fn forget_guest(&self) {}
 
     /// The guest took another address.
     ///

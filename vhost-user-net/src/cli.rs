@@ -136,14 +136,14 @@ pub struct BackendArgs {
     #[arg(long, value_name = "PATH")]
     pub netns: Option<PathBuf>,
 
-    /// Queue pairs, at the most
+    /// Queue pairs, at the most; with --switch, of each port
     #[arg(long, value_name = "N", default_value = "1", value_parser = queue_pairs)]
     pub queue_pairs: NonZeroU16,
 }
 
 /// Options of a single device, or of an interface, that say nothing to a switch.
-const NOT_WITH_SWITCH: [&str; 9] =
-    ["netns", "queue_pairs", "socket_path", "fd", "client", "mac", "any_mac", "allow_ip", "pcap"];
+const NOT_WITH_SWITCH: [&str; 8] =
+    ["netns", "socket_path", "fd", "client", "mac", "any_mac", "allow_ip", "pcap"];
 
 /// The other networks. The parser forgives a missing --user beside those that exclude it.
 const NOT_WITH_USER: [&str; 5] = ["tap", "tap_fd", "macvtap", "packet", "switch"];

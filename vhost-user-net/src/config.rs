@@ -4,6 +4,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::control::MacAddr;
+use crate::rss;
 
 /// `status`: the link is up.
 pub const S_LINK_UP: u16 = 1;
@@ -49,6 +50,15 @@ impl NetConfig {
             rss_max_indirection_table_length: 0.into(),
             supported_hash_types: 0.into(),
         }
+    }
+
+    /// The same, of a device that steers received frames and hashes them. Virtio 1.3, 5.1.4.
+    #[must_use]
+    pub fn with_rss(mut self) -> Self {
+        self.rss_max_key_size = rss::KEY_MAX;
+        self.rss_max_indirection_table_length = rss::TABLE_MAX.into();
+        self.supported_hash_types = rss::HASH_TYPES.into();
+        self
     }
 
     /// Fills `out` from `offset`; bytes past the end are 0.
@@ -117,5 +127,7 @@ mod tests {
         assert_eq!(out[..6], [0, 0, 4, 0, 0x28, 0x23]);
         config.read(u32::MAX, &mut out);
         assert_eq!(out, [0; 30]);
+        config.with_rss().read(16, &mut out);
+        assert_eq!(out[..9], [1, 40, 128, 0, 0x3f, 0, 0, 0, 0]);
     }
 }

@@ -11,6 +11,8 @@ use virtio_bindings::virtio_net as v;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
+use crate::rss::{HashConfig, KEY_MAX, SteeringConfig, TABLE_MAX, Table};
+
 /// `ack`: done.
 pub const OK: u8 = 0;
 /// `ack`: refused.
@@ -122,6 +124,10 @@ pub enum Command {
     AnnounceAck,
     /// CTRL_MQ_VQ_PAIRS_SET: queue pairs in use.
     Pairs(u16),
+    /// CTRL_MQ_RSS_CONFIG: queue pairs in use to send, and where received frames go.
+    Rss(u16, SteeringConfig),
+    /// CTRL_MQ_HASH_CONFIG: what received frames' headers say; where they go is automatic.
+    Hash(SteeringConfig),
     /// CTRL_GUEST_OFFLOADS_SET: feature bits of offloads that the driver takes now.
     GuestOffloads(u64),
     /// CTRL_NOTF_COAL_RX_SET.
@@ -208,6 +214,11 @@ impl Raw<'_> {
         T::read_from_bytes(self.data).ok().ok_or_else(|| self.bad_length())
     }
 
+    /// The first bytes of `data` as one `T`, and the others.
+    fn first<T: FromBytes>(self, data: &[u8]) -> Result<(T, &[u8]), ControlError> {
+        T::read_from_prefix(data).ok().ok_or_else(|| self.bad_length())
+    }
+
     fn nothing(self) -> Result<(), ControlError> {
         if self.data.is_empty() { Ok(()) } else { Err(self.bad_length()) }
     }
@@ -259,6 +270,14 @@ pub fn parse(bytes: &[u8], negotiated: Negotiated) -> Result<Command, ControlErr
             let fits = (1..=negotiated.max_pairs).contains(&pairs);
             if fits { Ok(Command::Pairs(pairs)) } else { Err(raw.bad_value()) }
         }
+        (v::VIRTIO_NET_CTRL_MQ, v::VIRTIO_NET_CTRL_MQ_RSS_CONFIG) => {
+            needs(v::VIRTIO_NET_F_RSS)?;
+            rss_config(raw, negotiated.max_pairs)
+        }
+        (v::VIRTIO_NET_CTRL_MQ, v::VIRTIO_NET_CTRL_MQ_HASH_CONFIG) => {
+            needs(v::VIRTIO_NET_F_HASH_REPORT)?;
+            hash_config(raw, negotiated.max_pairs)
+        }
         (v::VIRTIO_NET_CTRL_GUEST_OFFLOADS, v::VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET) => {
             needs(v::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)?;
             let offloads = raw.exactly::<U64>()?.get();
@@ -303,6 +322,51 @@ fn coalescing(raw: Raw<'_>) -> Result<Coalescing, ControlError> {
     Ok(Coalescing { max_packets: max_packets.get(), max_usecs: max_usecs.get() })
 }
 
+/// `struct virtio_net_rss_config`. Virtio 1.3, 5.1.6.5.6.
+fn rss_config(raw: Raw<'_>, max_pairs: u16) -> Result<Command, ControlError> {
+    let (types, rest) = raw.first::<U32>(raw.data)?;
+    let (mask, rest) = raw.first::<U16>(rest)?;
+    let (unclassified, rest) = raw.first::<U16>(rest)?;
+    let entries = mask.get().checked_add(1).filter(|n| n.is_power_of_two() && *n <= TABLE_MAX);
+    let bytes = usize::from(entries.ok_or_else(|| raw.bad_value())?).saturating_mul(2);
+    let (table, rest) = rest.split_at_checked(bytes).ok_or_else(|| raw.bad_length())?;
+    let (pairs, rest) = raw.first::<U16>(rest)?;
+    let hash = HashConfig { types: types.get(), key: key(raw, rest)? };
+    let table = Table {
+        pairs: table
+            .chunks_exact(2)
+            .filter_map(|c| U16::read_from_bytes(c).ok())
+            .map(U16::get)
+            .collect(),
+        unclassified: unclassified.get(),
+    };
+    let config = SteeringConfig { hash, table: Some(table) };
+    if config.is_sound(max_pairs) && (1..=max_pairs).contains(&pairs.get()) {
+        Ok(Command::Rss(pairs.get(), config))
+    } else {
+        Err(raw.bad_value())
+    }
+}
+
+/// `struct virtio_net_hash_config`. Its reserved words are not looked at. Virtio 1.3, 5.1.6.5.6.
+fn hash_config(raw: Raw<'_>, max_pairs: u16) -> Result<Command, ControlError> {
+    let (types, rest) = raw.first::<U32>(raw.data)?;
+    let (_, rest) = raw.first::<U64>(rest)?;
+    let hash = HashConfig { types: types.get(), key: key(raw, rest)? };
+    let config = SteeringConfig { hash, table: None };
+    if config.is_sound(max_pairs) { Ok(Command::Hash(config)) } else { Err(raw.bad_value()) }
+}
+
+/// A key behind its length. Linux 6.15 and later count a byte of padding to these commands, the last.
+fn key(raw: Raw<'_>, data: &[u8]) -> Result<Vec<u8>, ControlError> {
+    let (len, key) = raw.first::<u8>(data)?;
+    if len > KEY_MAX {
+        return Err(raw.bad_value());
+    }
+    let (key, padding) = key.split_at_checked(len.into()).ok_or_else(|| raw.bad_length())?;
+    if padding.len() <= 1 { Ok(key.to_vec()) } else { Err(raw.bad_length()) }
+}
+
 /// Two tables, each a count and its addresses.
 fn mac_table(raw: Raw<'_>) -> Result<Command, ControlError> {
     let (unicast, rest) = one_table(raw, raw.data)?;
@@ -314,9 +378,9 @@ fn mac_table(raw: Raw<'_>) -> Result<Command, ControlError> {
     }
 }
 
-type Table<'a> = (Option<Vec<MacAddr>>, &'a [u8]);
+type Addresses<'a> = (Option<Vec<MacAddr>>, &'a [u8]);
 
-fn one_table<'a>(raw: Raw<'_>, data: &'a [u8]) -> Result<Table<'a>, ControlError> {
+fn one_table<'a>(raw: Raw<'_>, data: &'a [u8]) -> Result<Addresses<'a>, ControlError> {
     let (count, rest) = U32::read_from_prefix(data).ok().ok_or_else(|| raw.bad_length())?;
     let count = usize::try_from(count.get()).unwrap_or(usize::MAX);
     let bytes = count.checked_mul(6).ok_or_else(|| raw.bad_length())?;

@@ -58,6 +58,7 @@ impl NetDevice {
     /// A device around `shared`.
     #[must_use]
     pub fn new(shared: Arc<Shared>, offers: Offers) -> Self {
+        let steers = shared.steers();
         let mut features = RING_FEATURES | OWN_FEATURES | shared.backend.features();
         for (on, bit) in [
             (offers.mac, v::VIRTIO_NET_F_MAC),
@@ -65,6 +66,8 @@ impl NetDevice {
             (offers.mtu, v::VIRTIO_NET_F_MTU),
             (offers.speed, v::VIRTIO_NET_F_SPEED_DUPLEX),
             (shared.max_pairs() > 1, v::VIRTIO_NET_F_MQ),
+            (steers, v::VIRTIO_NET_F_RSS),
+            (steers, v::VIRTIO_NET_F_HASH_REPORT),
             // Several senders fill a switch's receive queue, and none of them waits.
             (shared.backend.switch_port().is_none(), v::VIRTIO_NET_F_NOTF_COAL),
         ] {
@@ -145,13 +148,12 @@ impl Device for NetDevice {
     }
 
     fn worker(&self, worker: usize) -> anyhow::Result<WorkerBody> {
+        let pair = u16::try_from(worker)?;
         if let Some(port) = self.shared.backend.switch_port() {
-            // Two workers of one port would take its receive queue from each other.
-            anyhow::ensure!(worker == 0, "there is no queue pair {worker}");
-            let event_loop = EventLoop::new(SwitchWorker::new(self.shared.clone(), port))?;
+            anyhow::ensure!(pair < self.shared.max_pairs(), "there is no queue pair {pair}");
+            let event_loop = EventLoop::new(SwitchWorker::new(self.shared.clone(), port, pair))?;
             return Ok(Box::new(move |control| event_loop.run(control)));
         }
-        let pair = u16::try_from(worker)?;
         let worker = NetWorker::new(self.shared.clone(), pair)?;
         let event_loop = EventLoop::new(worker)?;
         Ok(Box::new(move |control| event_loop.run(control)))

@@ -5,13 +5,15 @@
 #![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use virtio_bindings::virtio_net as v;
-use zerocopy::little_endian::U16;
+use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Bytes of a header with `num_buffers`: VIRTIO_F_VERSION_1 or VIRTIO_NET_F_MRG_RXBUF negotiated.
 pub const HEADER_SIZE: usize = 12;
 /// Bytes of a header without `num_buffers`: a legacy driver without mergeable buffers.
 pub const LEGACY_HEADER_SIZE: usize = 10;
+/// Bytes of a header with a hash: VIRTIO_NET_F_HASH_REPORT negotiated.
+pub const HASH_HEADER_SIZE: usize = 20;
 /// Bytes of an Ethernet header, which every frame has at the least.
 pub const ETHERNET_HEADER_SIZE: usize = 14;
 /// The longest frame: a 64 KiB IP packet with its Ethernet header and two VLAN tags.
@@ -55,6 +57,22 @@ pub struct NetHeader {
     pub csum_offset: U16,
     /// Chains that the frame fills (received frames only).
     pub num_buffers: U16,
+}
+
+/// The header of a received frame with its hash: `struct virtio_net_hdr_v1_hash`. Virtio 1.3, 5.1.6.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct HashHeader {
+    /// What every frame has.
+    pub net: NetHeader,
+    /// The hash of the frame's flow.
+    pub hash_value: U32,
+    /// What it was made of, `VIRTIO_NET_HASH_REPORT_*`; 0: there is none.
+    pub hash_report: U16,
+    /// Zero.
+    pub padding: U16,
 }
 
 /// What is wrong with a frame that a guest sent.
@@ -182,7 +200,13 @@ impl NetHeader {
 pub const fn header_size(features: u64) -> usize {
     let modern =
         1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1 | 1 << v::VIRTIO_NET_F_MRG_RXBUF;
-    if features & modern != 0 { HEADER_SIZE } else { LEGACY_HEADER_SIZE }
+    if features & (1 << v::VIRTIO_NET_F_HASH_REPORT) != 0 {
+        HASH_HEADER_SIZE
+    } else if features & modern != 0 {
+        HEADER_SIZE
+    } else {
+        LEGACY_HEADER_SIZE
+    }
 }
 
 #[cfg(test)]
@@ -274,6 +298,8 @@ mod tests {
         assert_eq!(header_size(0), 10);
         assert_eq!(header_size(1 << v::VIRTIO_NET_F_MRG_RXBUF), 12);
         assert_eq!(header_size(1 << 32), 12);
+        assert_eq!(size_of::<HashHeader>(), HASH_HEADER_SIZE);
+        assert_eq!(header_size(1 << 32 | 1 << v::VIRTIO_NET_F_HASH_REPORT), 20);
     }
 
     proptest! {

@@ -5,6 +5,7 @@
 //! | [`header`] | `virtio_net_hdr`: checked and made anew (pure) |
 //! | [`control`] | control queue commands, and the receive filter they shape (pure) |
 //! | [`filter`] | anti-spoofing (pure) |
+//! | [`flow`], [`rss`] | which flow a frame belongs to; its hash, and the queue that follows from it (pure) |
 //! | [`config`] | configuration space |
 //! | [`device`], [`shared`] | what the device offers; what its threads share |
 //! | [`state`] | what moves to a newer daemon or another host |
@@ -29,9 +30,11 @@ pub mod config;
 pub mod control;
 pub mod device;
 pub mod filter;
+pub mod flow;
 pub mod header;
 pub mod operator;
 pub mod ports;
+pub mod rss;
 pub mod sandbox;
 mod segment;
 pub mod shared;
@@ -193,7 +196,12 @@ fn plan_switch(cli: &Cli) -> anyhow::Result<Vec<Plan>> {
         source: SourceFilter::new(port.mac, port.allow_ip.clone()),
         limits: port.limits_or(limits(&cli.guard)),
     };
-    Ok(ports.iter().zip(Switch::new(&options).ports()).enumerate().map(plan).collect())
+    Ok(ports
+        .iter()
+        .zip(Switch::new(&options, cli.backend.queue_pairs.get()).ports())
+        .enumerate()
+        .map(plan)
+        .collect())
 }
 
 /// The paths of all sockets.
@@ -266,6 +274,8 @@ fn make_device(cli: &Cli, plan: &Plan, registry: &Registry) -> anyhow::Result<Ne
     let mac = plan.mac.or_else(|| backend.fixed_mac());
     let mtu = cli.device.mtu.or_else(|| backend.mtu());
     let metrics = registry.device(&plan.name);
+    let config = NetConfig::new(mac, backend.pairs(), mtu, cli.device.speed);
+    let steers = backend.pairs() > 1 && backend.switch_port().is_some();
     let shared = Shared::new(SharedParts {
         name: plan.name.clone(),
         source: plan.source.clone(),
@@ -273,7 +283,7 @@ fn make_device(cli: &Cli, plan: &Plan, registry: &Registry) -> anyhow::Result<Ne
         capture,
         metrics: (0..backend.pairs()).map(|pair| PairMetrics::new(&metrics, pair)).collect(),
         plain_io: *no_io_uring,
-        config: NetConfig::new(mac, backend.pairs(), mtu, cli.device.speed),
+        config: if steers { config.with_rss() } else { config },
         backend,
     });
     let offers = Offers {

@@ -17,6 +17,7 @@ use crate::capture::Capture;
 use crate::config::{NetConfig, S_ANNOUNCE, S_LINK_UP};
 use crate::control::{Coalescing, GUEST_OFFLOADS, MacAddr, RxFilter};
 use crate::filter::SourceFilter;
+use crate::rss::SteeringConfig;
 use crate::state::{ControlState, SavedState};
 
 /// What one queue pair counts beyond the engine's counters.
@@ -113,6 +114,8 @@ pub struct Shared {
     network: AtomicBool,
     channel: Mutex<Option<Arc<BackendChannel>>>,
     rx_filter: Mutex<Arc<RxFilter>>,
+    /// Where the driver wants received frames, if it said so.
+    steering: Mutex<Option<SteeringConfig>>,
     generation: AtomicU32,
     /// Guest offloads in force.
     offloads: AtomicU64,
@@ -188,6 +191,7 @@ impl Shared {
             network: AtomicBool::new(true),
             channel: Mutex::default(),
             rx_filter: Mutex::new(Arc::new(RxFilter::everything())),
+            steering: Mutex::default(),
             generation: AtomicU32::new(0),
             offloads: AtomicU64::new(0),
             coalescing: Default::default(),
@@ -209,6 +213,12 @@ impl Shared {
     /// `max_virtqueue_pairs`.
     pub fn max_pairs(&self) -> u16 {
         self.max_pairs
+    }
+
+    /// Whether received frames are steered here, so that the driver may say how: on a switch whose ports have
+    /// several queue pairs.
+    pub fn steers(&self) -> bool {
+        self.max_pairs > 1 && self.backend.switch_port().is_some()
     }
 
     /// The driver's choice of features: takes effect on the back end too.
@@ -241,8 +251,12 @@ impl Shared {
         if !self.has_feature(v::VIRTIO_NET_F_CTRL_VQ) {
             return None;
         }
-        let many = self.has_feature(v::VIRTIO_NET_F_MQ);
-        Some(if many { self.max_pairs.saturating_mul(2) } else { 2 })
+        Some(if self.has_pairs() { self.max_pairs.saturating_mul(2) } else { 2 })
+    }
+
+    /// Whether the driver knows of more than one queue pair.
+    fn has_pairs(&self) -> bool {
+        self.has_feature(v::VIRTIO_NET_F_MQ) || self.has_feature(v::VIRTIO_NET_F_RSS)
     }
 
     /// The control queue is served here (or no more).
@@ -257,12 +271,13 @@ impl Shared {
             self.set_pairs(moved.pairs.clamp(1, self.max_pairs));
             self.set_coalescing(Flow::Rx, moved.coalescing[0]);
             self.set_coalescing(Flow::Tx, moved.coalescing[1]);
+            self.set_steering(moved.steering.filter(|s| s.is_sound(self.max_pairs)));
         } else if here {
             let mut mac = [0; 6];
             lock(&self.config).read(0, &mut mac);
             let mac = Some(MacAddr(mac)).filter(|m| m.is_station());
             self.set_rx_filter(RxFilter::for_station(mac, self.features()));
-            if self.has_feature(v::VIRTIO_NET_F_MQ) {
+            if self.has_pairs() {
                 self.set_pairs(1);
             }
         } else {
@@ -270,6 +285,22 @@ impl Shared {
             self.set_pairs(self.max_pairs);
             self.set_coalescing(Flow::Rx, Coalescing::default());
             self.set_coalescing(Flow::Tx, Coalescing::default());
+            self.set_steering(None);
+        }
+    }
+
+    /// Hashes and steers received frames as the driver wishes, or as the back end likes.
+    pub fn set_steering(&self, steering: Option<SteeringConfig>) {
+        let mut place = lock(&self.steering);
+        self.backend.set_steering(steering.as_ref());
+        *place = steering;
+    }
+
+    /// Steers received frames as the back end likes; what is hashed stays.
+    pub fn steer_automatically(&self) {
+        let now = lock(&self.steering).clone();
+        if let Some(SteeringConfig { hash, table: Some(_) }) = now {
+            self.set_steering(Some(SteeringConfig { hash, table: None }));
         }
     }
 
@@ -280,6 +311,7 @@ impl Shared {
         for pair in 0..self.max_pairs {
             self.backend.set_pair_running(pair, state.uses(pair));
         }
+        self.backend.set_pairs(pairs);
     }
 
     /// The receive ring of `pair` was started or stopped.
@@ -402,6 +434,7 @@ impl Shared {
             offloads: self.offloads.load(Ordering::Relaxed),
             filter: (*self.driver_filter()).clone(),
             coalescing: [self.coalescing(Flow::Rx), self.coalescing(Flow::Tx)],
+            steering: lock(&self.steering).clone(),
         })
     }
 
@@ -434,5 +467,6 @@ impl Shared {
         for pair in 0..self.max_pairs {
             self.set_pair_started(pair, false);
         }
+        self.backend.forget_guest();
     }
 }

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::control::{Coalescing, RxFilter};
+use crate::rss::SteeringConfig;
 
 /// What the control queue's commands set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +19,9 @@ pub struct ControlState {
     pub filter: RxFilter,
     /// When it wants to be told of received and of sent frames.
     pub coalescing: [Coalescing; 2],
+    /// Where received frames go, if the driver said so; a daemon of before never does.
+    #[serde(default)]
+    pub steering: Option<SteeringConfig>,
 }
 
 /// Everything.
@@ -40,6 +44,7 @@ pub struct SavedState {
 mod tests {
     use super::*;
     use crate::control::{Command, MacAddr};
+    use crate::rss::{HashConfig, Table};
 
     #[test]
     fn a_filter_survives_the_journey() {
@@ -50,7 +55,10 @@ mod tests {
             multicast: None,
         });
         let coalescing = [Coalescing { max_packets: 8, max_usecs: 50 }, Coalescing::default()];
-        let control = Some(ControlState { pairs: 3, offloads: 0x82, filter, coalescing });
+        let hash = HashConfig { types: 0x3f, key: vec![7; 40] };
+        let table = Some(Table { pairs: vec![0, 2], unclassified: 1 });
+        let steering = Some(SteeringConfig { hash, table });
+        let control = Some(ControlState { pairs: 3, offloads: 0x82, filter, coalescing, steering });
         let state = SavedState {
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 9000,
@@ -60,5 +68,10 @@ mod tests {
         };
         let text = serde_json::to_vec(&state).unwrap();
         assert_eq!(serde_json::from_slice::<SavedState>(&text).unwrap(), state);
+        // One of a daemon that knew of no steering.
+        let mut older = serde_json::to_value(&state).unwrap();
+        older["control"].as_object_mut().unwrap().remove("steering").unwrap();
+        let older: SavedState = serde_json::from_value(older).unwrap();
+        assert_eq!(older.control.unwrap().steering, None);
     }
 }

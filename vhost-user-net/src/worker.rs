@@ -163,7 +163,7 @@ impl NetWorker {
         self.rx_at = None;
         io.set_guest(self.shared.guest_offloads(), header_size(queue.features()));
         let ours = if paced {
-            Rule::EachTurn
+            Rule::EachLook
         } else if self.rx_bulk.is_on(now) {
             OF_BULK
         } else {
@@ -421,6 +421,16 @@ fn obey(shared: &Shared, command: &Command) -> bool {
         }
         Command::Pairs(pairs) => {
             shared.set_pairs(*pairs);
+            shared.steer_automatically();
+            true
+        }
+        Command::Rss(pairs, steering) => {
+            shared.set_pairs(*pairs);
+            shared.set_steering(Some(steering.clone()));
+            true
+        }
+        Command::Hash(steering) => {
+            shared.set_steering(Some(steering.clone()));
             true
         }
         Command::GuestOffloads(offloads) => shared.set_guest_offloads(*offloads),

@@ -22,7 +22,7 @@ use testkit::netns::NetNs;
 use testkit::toolroot::ToolRoot;
 
 use super::ceiling::{Tap, cpu};
-use super::{Daemon, HEADER, ME, attach_pair, cpu_seconds, ours, pin};
+use super::{Bulk, Daemon, HEADER, ME, attach_pair, cpu_seconds, ours, pin};
 
 const RUN_TIME: Duration = Duration::from_secs(1);
 /// How long a bare loop leaves the tap alone.
@@ -123,12 +123,15 @@ struct BareWire {
 }
 
 impl BareWire {
-    fn new(root: &ToolRoot, mtu: u32, shared: bool, to_guest: bool, looks: bool) -> Self {
+    fn new(root: &ToolRoot, mtu: u32, shared: bool, bulk: &Bulk, looks: bool) -> Self {
+        let to_guest = bulk.to_guest;
         let ram = GuestRam::new((PIECES * PIECE) as u64 + (1 << 20)).unwrap();
         let base = ram.alloc((PIECES * PIECE) as u64, 4096).unwrap();
         ram.fill(base, PIECES * PIECE, 0x5a);
         let guest = shared.then(|| Guest::start(&ram, base, !to_guest));
-        Self { tap: Tap::new(root, mtu), ram, base, piece: 0, guest, to_guest, looks }
+        let tap = Tap::new(root, mtu);
+        bulk.control_tap(root, &tap.namespace);
+        Self { tap, ram, base, piece: 0, guest, to_guest, looks }
     }
 
     /// The next piece of memory.
@@ -217,7 +220,7 @@ struct RingWire {
 }
 
 impl RingWire {
-    fn new(root: &ToolRoot, format: RingFormat, mtu: u32) -> Self {
+    fn new(root: &ToolRoot, format: RingFormat, mtu: u32, bulk: &Bulk) -> Self {
         let namespace = NetNs::new(root).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let daemon = ours(root, &namespace, &dir.path().join("net.sock"));
@@ -227,6 +230,7 @@ impl RingWire {
         ] {
             namespace.ip(root, &line).unwrap();
         }
+        bulk.control_tap(root, &namespace);
         let ram = GuestRam::new(64 << 20).unwrap();
         let mut frontend = FrontEnd::connect(daemon.socket()).unwrap();
         let [mut rx, mut tx] = attach_pair(&mut frontend, &ram, format, RING);
@@ -496,20 +500,20 @@ impl<W: Wire> End<W> {
 }
 
 /// TCP between this machine's kernel and an end of ours: Gbit per CPU second of whoever carries its frames.
-pub(crate) fn tcp(root: &ToolRoot, carrier: Carrier, mtu: u32, to_guest: bool) -> f64 {
+pub(crate) fn tcp(root: &ToolRoot, carrier: Carrier, mtu: u32, bulk: &Bulk) -> f64 {
     match carrier {
         Carrier::Ours(format) => {
-            let wire = RingWire::new(root, format, mtu);
+            let wire = RingWire::new(root, format, mtu, bulk);
             let namespace = wire.namespace.clone();
-            run(End::new(wire, mtu), &namespace, to_guest)
+            run(End::new(wire, mtu), &namespace, bulk.to_guest)
         }
         Carrier::Bare | Carrier::BareShared => {
             let shared = carrier == Carrier::BareShared;
             let rates = [false, true].map(|looks| {
-                let wire = BareWire::new(root, mtu, shared, to_guest, looks);
+                let wire = BareWire::new(root, mtu, shared, bulk, looks);
                 let namespace = wire.tap.namespace.clone();
                 pin(1);
-                let rate = run(End::new(wire, mtu), &namespace, to_guest);
+                let rate = run(End::new(wire, mtu), &namespace, bulk.to_guest);
                 pin(0);
                 rate
             });

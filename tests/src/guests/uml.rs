@@ -1,8 +1,8 @@
 //! User Mode Linux: a guest kernel that is an ordinary process.
 //!
 //! Its root is the tool root itself, read-only through hostfs, so there is no image to build and
-//! every tool is at hand. It has one CPU, rings of at most 256 entries, one queue a device and no
-//! reconnection.
+//! every tool is at hand. It has one CPU, rings of at most 256 entries, one queue a device unless it is asked
+//! for more, and no reconnection.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;

@@ -1,10 +1,14 @@
 //! A switch in shared memory: guests of one process, joined without the kernel.
 //!
 //! # Theory of operation
-//! Every guest is a port. A port's transmit queue belongs to its worker, as everywhere; its receive
-//! queue lies in the port behind a lock, because every other port's worker fills it. A sender takes that
-//! lock once for a batch and destination, never for a frame, and holds it for no longer than copying a
-//! batch takes. It never waits for a receiver: what finds no buffers is dropped and counted there.
+//! Every guest is a port. A port's transmit queues belong to its workers, as everywhere; its receive
+//! queues lie in the port, each behind a lock, because every other port's workers fill them. A sender takes
+//! such a lock once for a batch and destination, never for a frame, and holds it for no longer than copying
+//! a batch takes. It never waits for a receiver: what finds no buffers is dropped and counted there.
+//!
+//! Where a guest uses several queue pairs, the port remembers on which of them it last sent frames of a flow
+//! ([`Flows`]), and frames of that flow come to it on the same one, unless the driver gave a table of its own
+//! ([`Steering`]). Virtio 1.3, 5.1.6.5.5 and 5.1.6.5.6.
 //!
 //! Addresses are learnt into a table of atomic words, so looking them up takes no lock. A port can
 //! neither take an address that the operator gave to another one, nor displace living entries of others
@@ -19,11 +23,15 @@ use std::time::Instant;
 use virtio_bindings::virtio_net as v;
 
 use super::Backend;
+use super::flows::Flows;
 use crate::control::MacAddr;
+use crate::rss::{Steering, SteeringConfig};
 use crate::worker::switch::Receiver;
 
 /// Ports at the most: one bit each.
 pub const PORTS_MAX: usize = 64;
+/// Queue pairs of a port at the most: one bit each.
+pub const PAIRS_MAX: u16 = 64;
 /// Sets of the table; each holds [`WAYS`] addresses.
 const SETS: usize = 512;
 const WAYS: usize = 8;
@@ -142,7 +150,49 @@ struct Port {
     up: AtomicBool,
     /// `VIRTIO_NET_F_GUEST_*` bits that the guest takes now.
     offloads: AtomicU64,
-    receiver: Mutex<Option<Receiver>>,
+    /// The receive queues, by pair, as far as they are lent.
+    receivers: Box<[Mutex<Option<Receiver>>]>,
+    /// Which those are: a bit for each pair.
+    running: AtomicU64,
+    /// The pairs that the driver uses.
+    used: AtomicU64,
+    /// With several pairs: which of them the guest sends a flow on.
+    flows: Option<Flows>,
+    /// What the driver said of steering; senders keep a copy each.
+    steering: Mutex<Option<Arc<Steering>>>,
+    /// Changes with it; 0: the driver never said anything.
+    generation: AtomicU64,
+    /// It is a table that says where frames go.
+    has_table: AtomicBool,
+}
+
+impl Port {
+    fn new(options: PortOptions, pairs: u16) -> Self {
+        Self {
+            options,
+            up: AtomicBool::new(true),
+            offloads: AtomicU64::new(0),
+            receivers: (0..pairs).map(|_| Mutex::default()).collect(),
+            running: AtomicU64::new(0),
+            used: AtomicU64::new(u64::MAX),
+            flows: (pairs > 1).then(Flows::new),
+            steering: Mutex::default(),
+            generation: AtomicU64::new(0),
+            has_table: AtomicBool::new(false),
+        }
+    }
+
+    /// The pairs that may receive: a bit for each.
+    #[inline]
+    fn active(&self) -> u64 {
+        self.running.load(Ordering::Relaxed) & self.used.load(Ordering::Relaxed)
+    }
+
+    fn receiver(&self, pair: u16) -> Option<MutexGuard<'_, Option<Receiver>>> {
+        let place = self.receivers.get(usize::from(pair))?;
+        // A sender that panicked between two frames left a whole receiver.
+        Some(place.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// The switch itself.
@@ -155,9 +205,10 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// A switch with these ports, at most [`PORTS_MAX`]; more are not there.
+    /// A switch with these ports, at most [`PORTS_MAX`]; more are not there. Each has `pairs` queue pairs, at
+    /// most [`PAIRS_MAX`].
     #[must_use]
-    pub fn new(ports: &[PortOptions]) -> Arc<Self> {
+    pub fn new(ports: &[PortOptions], pairs: u16) -> Arc<Self> {
         let table = Table::new();
         let mut isolated = 0;
         for (at, options) in ports.iter().take(PORTS_MAX).enumerate() {
@@ -166,13 +217,9 @@ impl Switch {
                 table.learn(mac, at, true, 0);
             }
         }
-        let port = |options: &PortOptions| Port {
-            options: *options,
-            up: AtomicBool::new(true),
-            offloads: AtomicU64::new(0),
-            receiver: Mutex::new(None),
-        };
-        let ports = ports.iter().take(PORTS_MAX).map(port).collect();
+        let pairs = pairs.clamp(1, PAIRS_MAX);
+        let ports =
+            ports.iter().take(PORTS_MAX).map(|options| Port::new(*options, pairs)).collect();
         Arc::new(Self { ports, isolated, table, started: Instant::now() })
     }
 
@@ -220,26 +267,105 @@ impl SwitchPort {
         Some(if self.port().up.load(Ordering::Relaxed) { ports } else { 0 })
     }
 
-    /// The receiving side of port number `at`, with the offloads its guest takes, locked; `None` when
-    /// there is no such port or its cable is out.
+    /// Port number `at`; `None` when there is no such port or its cable is out.
     #[must_use]
-    pub fn peer(&self, at: usize) -> Option<(MutexGuard<'_, Option<Receiver>>, u64)> {
+    pub fn peer(&self, at: usize) -> Option<Peer<'_>> {
         let port = self.switch.ports.get(at).filter(|p| p.up.load(Ordering::Relaxed))?;
-        // A sender that panicked between two frames left a whole receiver.
-        let receiver = port.receiver.lock().unwrap_or_else(PoisonError::into_inner);
-        Some((receiver, port.offloads.load(Ordering::Relaxed)))
+        Some(Peer { port })
     }
 
-    /// Puts this port's receiving side in place, or takes it out; gives the one before.
-    pub fn set_receiver(&self, receiver: Option<Receiver>) -> Option<Receiver> {
-        let mut place = self.port().receiver.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Where to note which pair the guest sends a flow on; `None` while it uses one pair alone, or says itself
+    /// where frames go.
+    #[must_use]
+    pub fn flows(&self) -> Option<&Flows> {
+        let port = self.port();
+        let wanted = || port.active().count_ones() > 1 && !port.has_table.load(Ordering::Relaxed);
+        port.flows.as_ref().filter(|_| wanted())
+    }
+
+    /// Puts the receiving side of `pair` in place, or takes it out; gives the one before.
+    pub fn set_receiver(&self, pair: u16, receiver: Option<Receiver>) -> Option<Receiver> {
+        let port = self.port();
+        let mut place = port.receiver(pair)?;
+        // Of both, senders see the bit first, and then wait for the place.
+        let bit = 1u64.checked_shl(pair.into()).unwrap_or(0);
+        if receiver.is_some() {
+            port.running.fetch_or(bit, Ordering::Relaxed);
+        } else {
+            port.running.fetch_and(!bit, Ordering::Relaxed);
+        }
         std::mem::replace(&mut *place, receiver)
     }
 }
 
+/// A port that frames are sent to.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer<'a> {
+    port: &'a Port,
+}
+
+impl<'a> Peer<'a> {
+    /// The pairs that may receive, a bit for each.
+    #[inline]
+    #[must_use]
+    pub fn active(self) -> u64 {
+        self.port.active()
+    }
+
+    /// How the driver wants frames steered. `seen` is the caller's copy, brought up to date.
+    #[inline]
+    #[must_use]
+    pub fn steering<'s>(&self, seen: &'s mut Seen) -> Option<&'s Steering> {
+        let generation = self.port.generation.load(Ordering::Acquire);
+        if generation != seen.generation {
+            seen.generation = generation;
+            let steering = self.port.steering.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.steering.clone_from(&steering);
+        }
+        seen.steering.as_deref()
+    }
+
+    /// The pair of `active` that frames of flow `id` go to: the one on which the guest last sent some, or else
+    /// always the same one. Without any, a pair that is not there.
+    #[must_use]
+    pub fn pair_of(self, id: u32, active: u64) -> u16 {
+        let known = self.port.flows.as_ref().and_then(|flows| flows.find(id));
+        if let Some(pair) = known.filter(|&pair| bits(active).any(|one| one == pair)) {
+            return pair;
+        }
+        let share = (u64::from(id) * u64::from(active.count_ones())) >> 32;
+        bits(active).nth(usize::try_from(share).unwrap_or(0)).unwrap_or(PAIRS_MAX)
+    }
+
+    /// The receiving side of `pair`, locked, with the offloads that the guest takes.
+    #[must_use]
+    pub fn receiver(self, pair: u16) -> Option<(MutexGuard<'a, Option<Receiver>>, u64)> {
+        let receiver = self.port.receiver(pair)?;
+        Some((receiver, self.port.offloads.load(Ordering::Relaxed)))
+    }
+}
+
+/// A sender's copy of how a port's frames are steered.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    generation: u64,
+    steering: Option<Arc<Steering>>,
+}
+
+/// The numbers of the bits that are set.
+#[inline]
+pub(crate) fn bits(mut of: u64) -> impl Iterator<Item = u16> {
+    std::iter::from_fn(move || {
+        let lowest = u16::try_from(of.trailing_zeros()).ok().filter(|_| of != 0)?;
+        of &= of - 1;
+        Some(lowest)
+    })
+}
+
 impl Backend for SwitchPort {
     fn pairs(&self) -> u16 {
-        1
+        // At most PAIRS_MAX.
+        u16::try_from(self.port().receivers.len()).unwrap_or(PAIRS_MAX)
     }
 
     fn queue(&self, _pair: u16) -> Option<BorrowedFd<'_>> {
@@ -269,6 +395,29 @@ impl Backend for SwitchPort {
         Ok(())
     }
 
+    fn set_pairs(&self, pairs: u16) {
+        let used = u64::MAX >> PAIRS_MAX.saturating_sub(pairs.max(1));
+        self.port().used.store(used, Ordering::Relaxed);
+    }
+
+    fn set_steering(&self, steering: Option<&SteeringConfig>) {
+        let port = self.port();
+        let mut place = port.steering.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.is_none() && steering.is_none() {
+            return;
+        }
+        *place = steering.map(|config| Arc::new(Steering::new(config)));
+        let has_table = place.as_ref().is_some_and(|steering| steering.has_table());
+        port.has_table.store(has_table, Ordering::Relaxed);
+        port.generation.fetch_add(1, Ordering::Release);
+    }
+
+    fn forget_guest(&self) {
+        if let Some(flows) = &self.port().flows {
+            flows.clear();
+        }
+    }
+
     fn set_mac(&self, mac: MacAddr) -> io::Result<()> {
         let tick = self.tick();
         if self.switch.table.learn(mac, self.at, false, tick) {
@@ -293,7 +442,7 @@ mod tests {
     const ALL: MacAddr = MacAddr([0xff; 6]);
 
     fn ports(options: &[PortOptions]) -> Vec<SwitchPort> {
-        Switch::new(options).ports().collect()
+        Switch::new(options, 1).ports().collect()
     }
 
     #[test]

@@ -74,7 +74,7 @@ fn what_was_not_negotiated_is_unknown() {
     }
     assert_eq!(parse(&[9, 9], ALL), unknown(9, 9));
     assert_eq!(parse(&[0, 6, 1], ALL), unknown(0, 6));
-    assert_eq!(parse(&[4, 1, 0, 0], ALL), unknown(4, 1));
+    assert_eq!(parse(&[4, 3, 0, 0], ALL), unknown(4, 3));
     assert_eq!(parse(&[4], ALL), Err(ControlError::Short(1)));
     assert_eq!(parse(&[], ALL), Err(ControlError::Short(0)));
 }
@@ -177,4 +177,78 @@ proptest! {
         }
         let _ = filter.accepts(&frame);
     }
+}
+
+/// `struct virtio_net_rss_config`; a key of `key` bytes.
+fn rss(types: u32, mask: u16, table: &[u16], unclassified: u16, pairs: u16, key: u8) -> Vec<u8> {
+    let mut bytes = vec![4, 1];
+    bytes.extend(types.to_le_bytes());
+    let words = [&[mask, unclassified], table, &[pairs]].concat();
+    bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    bytes.push(key);
+    bytes.extend((0..key).collect::<Vec<_>>());
+    bytes
+}
+
+fn hash(types: u32, key: u8) -> Vec<u8> {
+    let mut bytes = vec![4, 2];
+    bytes.extend(types.to_le_bytes());
+    bytes.extend([0xff; 8]);
+    bytes.push(key);
+    bytes.extend((0..key).collect::<Vec<_>>());
+    bytes
+}
+
+#[test]
+fn steering_commands_are_decoded() {
+    let key: Vec<u8> = (0..40).collect();
+    let table = Some(Table { pairs: vec![3, 0], unclassified: 2 });
+    let config = SteeringConfig { hash: HashConfig { types: 0x3f, key: key.clone() }, table };
+    let right = rss(0x3f, 1, &[3, 0], 2, 4, 40);
+    assert_eq!(parse(&right, ALL), Ok(Command::Rss(4, config)));
+    let config = SteeringConfig { hash: HashConfig { types: 2, key }, table: None };
+    assert_eq!(parse(&hash(2, 40), ALL), Ok(Command::Hash(config)));
+    assert!(parse(&rss(0x3f, 127, &[1; 128], 0, 1, 40), ALL).is_ok());
+    // No hash needs no key, and a short one is a key.
+    assert!(parse(&rss(0, 0, &[0], 0, 1, 0), ALL).is_ok());
+    assert!(parse(&hash(0, 0), ALL).is_ok());
+    assert!(parse(&hash(1, 16), ALL).is_ok());
+    // Any other length is another command, but for the byte of padding that Linux adds.
+    for right in [right, hash(2, 40)] {
+        for len in 0..right.len() {
+            assert!(parse(&right[..len], ALL).is_err(), "{len}");
+        }
+        let padded = [&right[..], &[0]].concat();
+        assert_eq!(parse(&padded, ALL), parse(&right, ALL));
+        let longer = [&right[..], &[0, 0]].concat();
+        assert!(matches!(parse(&longer, ALL), Err(ControlError::Length { .. })));
+    }
+}
+
+#[test]
+fn steering_commands_with_wrong_values_are_refused() {
+    let wrong = [
+        rss(0x40, 1, &[0, 1], 0, 4, 40),
+        rss(0x8000_0000, 1, &[0, 1], 0, 4, 40),
+        rss(1, 2, &[0, 1, 2], 0, 4, 40),
+        rss(1, 255, &[0; 256], 0, 4, 40),
+        rss(1, 0xffff, &[0; 65], 0, 4, 40),
+        rss(1, 1, &[0, 4], 0, 4, 40),
+        rss(1, 1, &[0, 0x8000], 0, 4, 40),
+        rss(1, 1, &[0, 1], 4, 4, 40),
+        rss(1, 1, &[0, 1], 0, 0, 40),
+        rss(1, 1, &[0, 1], 0, 5, 40),
+        rss(1, 1, &[0, 1], 0, 4, 41),
+        rss(1, 1, &[0, 1], 0, 4, 0),
+        hash(0x40, 40),
+        hash(1, 41),
+        hash(1, 0),
+    ];
+    for bytes in wrong {
+        assert!(matches!(parse(&bytes, ALL), Err(ControlError::Value { .. })), "{bytes:?}");
+    }
+    let without = |bit: u32| Negotiated { features: !(1 << bit), max_pairs: 4 };
+    let right = rss(1, 1, &[0, 1], 0, 4, 40);
+    assert_eq!(parse(&right, without(v::VIRTIO_NET_F_RSS)), unknown(4, 1));
+    assert_eq!(parse(&hash(1, 40), without(v::VIRTIO_NET_F_HASH_REPORT)), unknown(4, 2));
 }

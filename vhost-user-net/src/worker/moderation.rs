@@ -8,14 +8,14 @@
 //! An interrupt is dear, a quarter of the daemon's time in a guest's bulk transfer. A sender's says no more
 //! than that memory may be used again. So it is delayed a little even where the driver said nothing: not
 //! beyond a quarter of the ring, so that a full ring never waits for it. Received frames are news, and
-//! theirs waits only in bulk: until the look's end where the worker keeps a pace ([`super::pace`]), else for
-//! some more of them.
+//! theirs waits only in bulk: for the pace's next look where the worker keeps one ([`super::pace`]) and has
+//! signalled since the last, else for some more of them.
 
 use std::time::{Duration, Instant};
 
 use outboard_common::ring::Queue;
 
-use super::pace::PACE;
+use super::pace::{PACE, next_signal};
 use crate::control::Coalescing;
 
 /// When a signal goes out.
@@ -24,8 +24,9 @@ pub(super) enum Rule {
     /// With the frames.
     #[default]
     AtOnce,
-    /// Once for the frames of a turn.
-    EachTurn,
+    /// Once for the frames of a turn, and no sooner than a look after the last one: the guest's
+    /// acknowledgements ask for turns between two looks.
+    EachLook,
     /// After so many frames, or so long after the first.
     Held(Coalescing),
 }
@@ -49,6 +50,8 @@ pub(super) struct Moderation {
     frames: u64,
     /// When the signal held back goes out at the latest.
     due: Option<Instant>,
+    /// When the last one went out under [`Rule::EachLook`].
+    last: Option<Instant>,
 }
 
 fn delays(rule: Coalescing) -> bool {
@@ -71,11 +74,8 @@ impl Moderation {
     pub(super) fn after_turn(&mut self, queue: &mut Queue, frames: u64) {
         let rule = match self.rule {
             Rule::AtOnce => return,
-            Rule::EachTurn => {
-                queue.publish();
-                return self.release(queue);
-            }
-            Rule::Held(rule) => rule,
+            Rule::EachLook => None,
+            Rule::Held(rule) => Some(rule),
         };
         queue.publish();
         self.frames += frames;
@@ -84,6 +84,10 @@ impl Moderation {
             return;
         }
         let now = Instant::now();
+        let Some(rule) = rule else {
+            self.due = Some(next_signal(self.last, now));
+            return self.on_time(queue, now);
+        };
         let due =
             *self.due.get_or_insert_with(|| now + Duration::from_micros(rule.max_usecs.into()));
         if self.frames >= u64::from(rule.max_packets) || due <= now {
@@ -93,7 +97,7 @@ impl Moderation {
 
     /// The driver has to make room first, so it must hear of what is there.
     pub(super) fn out_of_buffers(&mut self, queue: &mut Queue) {
-        if self.rule == OF_BULK {
+        if self.rule == OF_BULK || self.rule == Rule::EachLook {
             self.release(queue);
         }
     }
@@ -106,6 +110,7 @@ impl Moderation {
     /// Signals if the time has come.
     pub(super) fn on_time(&mut self, queue: &mut Queue, now: Instant) {
         if self.due.is_some_and(|due| due <= now) {
+            self.last = Some(now);
             self.release(queue);
         }
     }

@@ -9,7 +9,8 @@
 //! acknowledgements let it, goes with the same look. So a round trip is longer by one look at the most.
 //!
 //! A guest that mostly receives kicks as ever: its acknowledgements are few, and the host's TCP may have sent
-//! all that it may until they come. With them the back end is looked at, before its time.
+//! all that it may until they come. With them the back end is looked at, before its time, and what that finds is
+//! shown at once; the signal, where the guest sleeps and needs one, is [`next_signal`]'s.
 //!
 //! Below that rate, or where a ring would fill up between two looks ([`is_roomy`]), nothing is delayed.
 
@@ -25,6 +26,12 @@ const LEAST_RING: u16 = 256;
 /// Whether a ring of `size` entries takes what comes between two looks.
 pub(super) fn is_roomy(size: u16) -> bool {
     size >= LEAST_RING
+}
+
+/// When the guest is told of received frames, having been told at `last`: its acknowledgements ask for looks
+/// before their time, and it is told once a look all the same.
+pub(super) fn next_signal(last: Option<Instant>, now: Instant) -> Instant {
+    last.map_or(now, |last| now.max(last + PACE))
 }
 
 /// Whether so much is moved one way that news of it may wait.
@@ -86,6 +93,22 @@ mod tests {
         assert!(!is_bulk(1514, Duration::from_micros(13)));
         // A request and its answer now and then.
         assert!(!is_bulk(64_000, Duration::from_millis(5)));
+    }
+
+    #[test]
+    fn a_guest_is_told_once_a_look() {
+        let (mut now, mut last, mut told) = (Instant::now(), None, 0);
+        let end = now + 20 * PACE;
+        while now < end {
+            if next_signal(last, now) <= now {
+                last = Some(now);
+                told += 1;
+            }
+            now += PACE / 8;
+        }
+        assert_eq!(told, 20);
+        // Nothing is held back after a pause.
+        assert_eq!(next_signal(last, end + PACE), end + PACE);
     }
 
     #[test]

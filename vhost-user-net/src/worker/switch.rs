@@ -6,6 +6,9 @@
 //! batch's frames for it are copied from guest memory to guest memory, all used entries are shown with
 //! one store and at most one signal, and the lock is gone. A receive queue's own kicks mean nothing here:
 //! senders look into the ring.
+//!
+//! A port whose guest uses several queue pairs is as many destinations. Only for such a port a frame is
+//! looked at for its flow, once for all of them.
 #![allow(unsafe_code, reason = "copies from one guest's memory to another's")]
 
 use std::sync::Arc;
@@ -21,13 +24,15 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::fetch::fetch;
 use super::tx::{Gate, Next, Slot, take};
 use super::{Turn, answer_commands, has, is_mergeable};
-use crate::backend::switch::SwitchPort;
+use crate::backend::switch::{PORTS_MAX, Peer, Seen, SwitchPort, bits};
 use crate::checksum::{checksum, sum, udp_checksum};
 use crate::control::{MacAddr, RxFilter};
+use crate::flow::Flow;
 use crate::header::{
     ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP,
-    GSO_UDP_L4, NetHeader, header_size,
+    GSO_UDP_L4, HEADER_SIZE, HashHeader, NetHeader, header_size,
 };
+use crate::rss::{HashReport, Steering};
 use crate::segment::Segments;
 use crate::shared::{PairMetrics, Shared};
 
@@ -37,8 +42,6 @@ const BATCH: usize = 64;
 const BUDGET: usize = 256;
 /// Where a UDP header has its checksum; no other protocol has it there.
 const UDP_CHECKSUM_AT: usize = 6;
-const RX_QUEUE: u16 = 0;
-const TX_QUEUE: u16 = 1;
 
 /// A frame on its way, checked.
 #[derive(Debug)]
@@ -50,9 +53,17 @@ struct Frame<'a> {
     rest: &'a [iovec],
     /// Bytes of both.
     len: usize,
+    /// Its flow's hash, for a guest that wants that in the header.
+    hash: HashReport,
 }
 
-impl Frame<'_> {
+impl<'a> Frame<'a> {
+    /// A frame in our memory that needs nothing of its receiver.
+    fn finished(frame: &'a [u8], hash: HashReport) -> Self {
+        let header = NetHeader::new_zeroed();
+        Self { header, head: frame, rest: &[], len: frame.len(), hash }
+    }
+
     /// The whole frame in `room`, in our memory.
     fn gather(&self, room: &mut Vec<u8>) {
         room.clear();
@@ -126,11 +137,11 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    fn new(queue: Box<Queue>, shared: Arc<Shared>) -> Self {
+    fn new(queue: Box<Queue>, shared: Arc<Shared>, metrics: PairMetrics) -> Self {
         let features = queue.features();
         Self {
             queue,
-            metrics: shared.metrics.first().cloned().unwrap_or_default(),
+            metrics,
             filter: shared.rx_filter(),
             generation: shared.generation(),
             shared,
@@ -175,8 +186,7 @@ impl Receiver {
             // What can never fit must not hold up the other senders of this queue.
             Some(mut pieces) if pieces.count() <= usize::from(self.queue.size()) => {
                 while pieces.next_into(&mut room) {
-                    let header = NetHeader::new_zeroed();
-                    let piece = Frame { header, head: &room, rest: &[], len: room.len() };
+                    let piece = Frame::finished(&room, frame.hash);
                     // The checksums are filled in: no offload is needed.
                     given |= self.give(&piece, 0);
                 }
@@ -202,8 +212,7 @@ impl Receiver {
         if partial && !has(offloads, v::VIRTIO_NET_F_GUEST_CSUM) {
             let mut room = std::mem::take(&mut self.room);
             frame.finish(&mut room);
-            let header = NetHeader::new_zeroed();
-            self.copy(&Frame { header, head: &room, rest: &[], len: room.len() }, count);
+            self.copy(&Frame::finished(&room, frame.hash), count);
             self.room = room;
         } else {
             self.copy(frame, count);
@@ -281,9 +290,14 @@ impl Receiver {
     /// Copies header and frame into the next `count` chains, which are large enough, and uses them.
     #[inline]
     fn copy(&mut self, frame: &Frame<'_>, count: usize) {
-        let mut header = frame.header;
+        let mut header = HashHeader {
+            net: frame.header,
+            hash_value: frame.hash.value.into(),
+            hash_report: frame.hash.kind.into(),
+            padding: 0.into(),
+        };
         // A ring has at most 32,768 chains.
-        header.num_buffers = u16::try_from(count).unwrap_or(u16::MAX).into();
+        header.net.num_buffers = u16::try_from(count).unwrap_or(u16::MAX).into();
         let header = header.as_bytes();
         let header = header.get(..self.header_size).unwrap_or(header);
         let range = self.next..self.next + count;
@@ -345,40 +359,87 @@ struct Out {
     header: NetHeader,
     copied: usize,
     to: u64,
+    /// Its flow, and that one's number, if they were asked for already.
+    flow: Option<(Flow, u32)>,
+    /// The pair of the port that is visited, and the hash there.
+    pair: u16,
+    hash: HashReport,
     /// A port has it.
     taken: bool,
     /// Its chain is still to be given back.
     waits: bool,
 }
 
-/// The worker of one port.
+impl Out {
+    fn new() -> Self {
+        Self {
+            slot: Slot::new(),
+            header: NetHeader::new_zeroed(),
+            copied: 0,
+            to: 0,
+            flow: None,
+            pair: 0,
+            hash: HashReport::default(),
+            taken: false,
+            waits: false,
+        }
+    }
+
+    /// Whether it goes to port number `at`.
+    #[inline]
+    fn goes_to(&self, at: u32) -> bool {
+        (self.to >> at) & 1 != 0
+    }
+
+    /// What of the frame is in our memory.
+    #[inline]
+    fn head(&self, header_size: usize) -> &[u8] {
+        self.slot.head.get(header_size..self.copied).unwrap_or(&[])
+    }
+
+    /// Its flow, and the number of that.
+    fn flow(&mut self, header_size: usize) -> &(Flow, u32) {
+        let found = self.flow.take().unwrap_or_else(|| {
+            let flow = Flow::of(self.head(header_size));
+            (flow, flow.id())
+        });
+        self.flow.insert(found)
+    }
+}
+
+/// The worker of one queue pair of a port.
 #[derive(Debug)]
 pub(crate) struct SwitchWorker {
     gate: Gate,
     port: SwitchPort,
+    pair: u16,
+    /// How the other ports' frames are steered.
+    seen: Box<[Seen]>,
     out: Box<[Out]>,
     command: Vec<u8>,
 }
 
 impl SwitchWorker {
-    /// The worker of `port`.
+    /// The worker of `pair` of `port`.
     #[must_use]
-    pub(crate) fn new(shared: Arc<Shared>, port: SwitchPort) -> Self {
-        let out = || Out {
-            slot: Slot::new(),
-            header: NetHeader::new_zeroed(),
-            copied: 0,
-            to: 0,
-            taken: false,
-            waits: false,
-        };
-        let metrics = shared.metrics.first().cloned().unwrap_or_default();
+    pub(crate) fn new(shared: Arc<Shared>, port: SwitchPort, pair: u16) -> Self {
+        let metrics = shared.metrics.get(usize::from(pair)).cloned().unwrap_or_default();
         Self {
             gate: Gate::new(shared, metrics),
             port,
-            out: (0..BATCH).map(|_| out()).collect(),
+            pair,
+            seen: vec![Seen::default(); PORTS_MAX].into(),
+            out: (0..BATCH).map(|_| Out::new()).collect(),
             command: Vec::new(),
         }
+    }
+
+    fn rx_queue(&self) -> u16 {
+        self.pair.saturating_mul(2)
+    }
+
+    fn tx_queue(&self) -> u16 {
+        self.rx_queue().saturating_add(1)
     }
 
     fn turn(&mut self, queue: &mut Queue) -> Turn {
@@ -403,16 +464,23 @@ impl SwitchWorker {
     /// Takes a batch. Gives the chains taken, and why there are no more, if so.
     fn fill(&mut self, queue: &mut Queue) -> (usize, Option<Turn>) {
         let tick = self.port.tick();
+        let flows = self.port.flows();
         let chains = take(queue, self.out.iter_mut().map(|out| &mut out.slot));
         let mut last = None;
         for at in 0..chains {
             let Some(out) = self.out.get_mut(at) else { break };
-            (out.to, out.taken, out.waits) = (0, false, false);
+            (out.to, out.taken, out.waits, out.flow) = (0, false, false, None);
             match self.gate.check(queue, &mut out.slot) {
                 Next::Frame(copied) => {
                     out.waits = true;
-                    match route(self.gate.header_size, &self.port, out, copied, tick, &mut last) {
-                        Some(to) => out.to = to,
+                    let header_size = self.gate.header_size;
+                    match route(header_size, &self.port, out, copied, tick, &mut last) {
+                        Some(to) => {
+                            out.to = to;
+                            if let Some(flows) = flows {
+                                flows.learn(out.flow(header_size).1, self.pair, tick);
+                            }
+                        }
                         None => {
                             self.gate.metrics.tx_spoofed.add(1);
                             out.waits = false;
@@ -434,24 +502,24 @@ impl SwitchWorker {
 
     /// Brings the frames of the first `chains` where they go, a destination at a time; gives their number.
     fn switch(&mut self, queue: &mut Queue, chains: usize) -> u64 {
+        let header_size = self.gate.header_size;
         let batch = self.out.get_mut(..chains).unwrap_or_default();
         let mut ports = batch.iter().fold(0, |all, out| all | out.to);
         while ports != 0 {
             let at = ports.trailing_zeros();
             ports &= ports - 1;
-            let Some((mut receiver, offloads)) = self.port.peer(at as usize) else { continue };
-            let Some(receiver) = receiver.as_mut() else { continue };
-            receiver.begin(batch.iter().filter(|out| (out.to >> at) & 1 != 0).count());
-            for out in batch.iter_mut().filter(|out| (out.to >> at) & 1 != 0) {
-                let frame = Frame {
-                    header: out.header,
-                    head: out.slot.head.get(self.gate.header_size..out.copied).unwrap_or(&[]),
-                    rest: out.slot.chain.readable.as_slice(),
-                    len: out.slot.len - self.gate.header_size,
-                };
-                out.taken |= receiver.receive(&frame, offloads);
+            let Some(peer) = self.port.peer(at as usize) else { continue };
+            let active = peer.active();
+            let steering = self.seen.get_mut(at as usize).and_then(|seen| peer.steering(seen));
+            if active.count_ones() > 1 || steering.is_some() {
+                for pair in bits(steer(peer, at, active, steering, batch, header_size)) {
+                    let goes = |out: &Out| out.goes_to(at) && out.pair == pair;
+                    deliver(peer, pair, batch, header_size, |out| goes(out).then_some(out.hash));
+                }
+            } else if let Some(pair) = bits(active).next() {
+                let hash = |out: &Out| out.goes_to(at).then(HashReport::default);
+                deliver(peer, pair, batch, header_size, hash);
             }
-            receiver.end();
         }
         let (mut bytes, mut sent, mut frames) = (0, 0, 0);
         for out in batch.iter_mut().filter(|out| out.waits) {
@@ -469,8 +537,57 @@ impl SwitchWorker {
     }
 
     fn take_receiver(&self) -> Option<Box<Queue>> {
-        self.port.set_receiver(None).map(|receiver| receiver.queue)
+        self.port.set_receiver(self.pair, None).map(|receiver| receiver.queue)
     }
+}
+
+/// Says on which of its pairs each frame for port number `at` goes to it, and the frame's hash there; gives all
+/// those pairs, a bit for each. The driver's table names any pair, automatic steering the `active` ones.
+fn steer(
+    peer: Peer<'_>,
+    at: u32,
+    active: u64,
+    steering: Option<&Steering>,
+    batch: &mut [Out],
+    header_size: usize,
+) -> u64 {
+    let mut pairs = 0;
+    for out in batch.iter_mut().filter(|out| out.goes_to(at)) {
+        let &(flow, id) = out.flow(header_size);
+        out.hash = steering.map_or_else(HashReport::default, |steering| steering.hash(&flow));
+        out.pair = match steering.and_then(|steering| steering.pair(out.hash)) {
+            Some(pair) => pair,
+            None => peer.pair_of(id, active),
+        };
+        pairs |= 1u64.checked_shl(out.pair.into()).unwrap_or(0);
+    }
+    pairs
+}
+
+/// Gives the frames of `batch` for which `goes` has a hash to a port's receive queue, in order.
+#[inline]
+fn deliver(
+    peer: Peer<'_>,
+    pair: u16,
+    batch: &mut [Out],
+    header_size: usize,
+    goes: impl Fn(&Out) -> Option<HashReport>,
+) {
+    let Some((mut receiver, offloads)) = peer.receiver(pair) else { return };
+    let Some(receiver) = receiver.as_mut() else { return };
+    receiver.begin(batch.iter().filter(|out| goes(out).is_some()).count());
+    for out in batch.iter_mut() {
+        let Some(hash) = goes(out) else { continue };
+        let frame = Frame {
+            header: out.header,
+            head: out.slot.head.get(header_size..out.copied).unwrap_or(&[]),
+            rest: out.slot.chain.readable.as_slice(),
+            len: out.slot.len - header_size,
+            hash,
+        };
+        out.taken |= receiver.receive(&frame, offloads);
+    }
+    receiver.end();
 }
 
 /// Addresses as they stand in a frame, and where such a frame goes.
@@ -489,7 +606,9 @@ fn route(
 ) -> Option<u64> {
     let (header, frame) = out.slot.head.get(..copied)?.split_at_checked(header_size)?;
     out.header = NetHeader::new_zeroed();
-    out.header.as_mut_bytes().get_mut(..header.len())?.copy_from_slice(header);
+    // What may follow `num_buffers` says nothing on a frame that is sent.
+    let clean = header.get(..HEADER_SIZE).unwrap_or(header);
+    out.header.as_mut_bytes().get_mut(..clean.len())?.copy_from_slice(clean);
     out.copied = copied;
     let (to, rest) = MacAddr::read_from_prefix(frame).ok()?;
     let (from, _) = MacAddr::read_from_prefix(rest).ok()?;
@@ -507,14 +626,14 @@ impl QueueHandler for SwitchWorker {
     fn on_start(&mut self, index: u16, cx: &mut Context) {
         if self.gate.shared.control_queue() == Some(index) {
             self.gate.shared.set_control(true);
-        } else if index == TX_QUEUE {
+        } else if index == self.tx_queue() {
             let features = cx.queues.get(index).map_or(0, |q| q.features());
             self.gate.start(features);
         }
     }
 
     fn take_back(&mut self, index: u16, cx: &mut Context) -> bool {
-        let lent = if index == RX_QUEUE { self.take_receiver() } else { None };
+        let lent = if index == self.rx_queue() { self.take_receiver() } else { None };
         let was_lent = lent.is_some();
         lent.into_iter().for_each(|queue| cx.queues.put(queue));
         was_lent
@@ -523,21 +642,23 @@ impl QueueHandler for SwitchWorker {
     fn on_stop(&mut self, index: u16, cx: &mut Context) {
         if self.gate.shared.control_queue() == Some(index) {
             self.gate.shared.set_control(false);
-        } else if index == TX_QUEUE {
+        } else if index == self.tx_queue() {
             cx.set_timer(None);
         }
     }
 
     fn on_kick(&mut self, index: u16, cx: &mut Context) -> Progress {
-        if index == RX_QUEUE {
+        if index == self.rx_queue() {
             if let Some(mut queue) = cx.queues.take(index) {
                 queue.disable_notifications();
-                self.port.set_receiver(Some(Receiver::new(queue, self.gate.shared.clone())));
+                let (shared, metrics) = (self.gate.shared.clone(), self.gate.metrics.clone());
+                let receiver = Receiver::new(queue, shared, metrics);
+                self.port.set_receiver(self.pair, Some(receiver));
             }
             return Progress::Waiting;
         }
         let Some(queue) = cx.queues.get(index) else { return Progress::Waiting };
-        if index != TX_QUEUE {
+        if index != self.tx_queue() {
             return answer_commands(&self.gate.shared, &mut self.command, queue);
         }
         match self.turn(queue) {
@@ -551,7 +672,7 @@ impl QueueHandler for SwitchWorker {
     }
 
     fn on_timer(&mut self, cx: &mut Context) {
-        cx.ask(TX_QUEUE);
+        cx.ask(self.tx_queue());
     }
 }
 

@@ -19,7 +19,9 @@ use super::fetch::fetch;
 use super::frame_io::FrameIo;
 use crate::batch::{FrameMemory, Transfer};
 use crate::filter::INSPECTED_BYTES;
-use crate::header::{HEADER_SIZE, HeaderFault, NetHeader, TxOffloads, header_size};
+use crate::header::{
+    HASH_HEADER_SIZE, HEADER_SIZE, HeaderFault, NetHeader, TxOffloads, header_size,
+};
 use crate::shared::{PairMetrics, Shared};
 
 /// Frames written at once.
@@ -27,7 +29,7 @@ const BATCH: usize = 32;
 /// Frames in a turn.
 const BUDGET: usize = 128;
 /// Bytes of each frame, with its header, that are copied.
-const HEAD_SIZE: usize = HEADER_SIZE + INSPECTED_BYTES;
+const HEAD_SIZE: usize = HASH_HEADER_SIZE + INSPECTED_BYTES;
 
 /// A frame on its way out.
 #[derive(Debug)]
@@ -273,7 +275,8 @@ impl Slot {
         Self { chain: Chain::new(), head: [0; HEAD_SIZE], len: 0 }
     }
 
-    /// Copies the frame's head and puts a clean header in it; gives the bytes in `head`.
+    /// Copies the frame's head and puts a clean header in it; gives the bytes in `head`. Of a header with a
+    /// hash, which says nothing on a frame that is sent, the rest stays the guest's.
     #[inline]
     pub(super) fn prepare(
         &mut self,
@@ -281,7 +284,8 @@ impl Slot {
         offloads: TxOffloads,
     ) -> Result<usize, HeaderFault> {
         self.len = self.chain.readable.len();
-        let copied = self.chain.readable.read(&mut self.head);
+        let room = self.head.get_mut(..header_size + INSPECTED_BYTES).unwrap_or(&mut []);
+        let copied = self.chain.readable.read(room);
         let frame_len = self.len.checked_sub(header_size).ok_or(HeaderFault::Short(self.len))?;
         let mut header = NetHeader::new_zeroed();
         let (bytes, _) = self.head.split_at(header_size.min(HEADER_SIZE));
