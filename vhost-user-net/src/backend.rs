@@ -41,6 +41,12 @@ pub trait Backend: Send + Sync + Debug {
         false
     }
 
+    /// Whether each frame that leaves it is an event, so that the worker looks for more. A packet socket
+    /// whose events are asked for only while it is full moves little more than half as much out of a guest.
+    fn tells_of_frames_sent(&self) -> bool {
+        false
+    }
+
     /// The virtio-net features that it makes possible.
     fn features(&self) -> u64;
 

@@ -266,14 +266,14 @@ impl NetWorker {
         self.wait_for_backend(cx);
     }
 
-    /// Waits for frames, unless they are looked for, and for room where there was none. A socket tells of
-    /// room with each frame that leaves it, so nobody else listens for that; a macvtap tells only who asked
-    /// after it was full. What happened meanwhile is an event at once.
+    /// Waits for frames, unless they are looked for, and for room where there was none: a macvtap tells of
+    /// it only who asked after it was full. What happened meanwhile is an event at once.
     fn wait_for_backend(&mut self, cx: &mut Context) {
         let Some(io) = &self.io else { return };
         let mut events = Events::EPOLLET;
         events.set(Events::EPOLLIN, !self.rest.is_on());
-        events.set(Events::EPOLLOUT, self.tx.is_full());
+        events
+            .set(Events::EPOLLOUT, self.tx.is_full() || self.shared.backend.tells_of_frames_sent());
         if let Err(error) = cx.rewatch(io.raw_fd(), events, TOKEN_BACKEND) {
             tracing::error!(device = %self.shared.name, %error, "cannot wait for the back end");
         }
@@ -295,7 +295,8 @@ impl NetWorker {
     }
 
     fn use_io(&mut self, io: FrameIo, cx: &mut Context) -> std::io::Result<()> {
-        let events = Events::EPOLLIN | Events::EPOLLET;
+        let mut events = Events::EPOLLIN | Events::EPOLLET;
+        events.set(Events::EPOLLOUT, self.shared.backend.tells_of_frames_sent());
         cx.watch(io.raw_fd(), events, TOKEN_BACKEND)?;
         self.io = Some(io);
         Ok(())

@@ -181,6 +181,10 @@ impl Backend for PacketBackend {
         true
     }
 
+    fn tells_of_frames_sent(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> u64 {
         super::tap::FEATURES
     }

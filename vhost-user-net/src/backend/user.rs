@@ -172,6 +172,10 @@ impl Backend for UserBackend {
         true
     }
 
+    fn tells_of_frames_sent(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> u64 {
         // A stream has no header: every frame is whole and its checksums are right.
         0
