@@ -8,6 +8,8 @@ use virtio_bindings::virtio_net as v;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::checksum::{checksum, sum, udp_checksum};
+
 /// Bytes of a header with `num_buffers`: VIRTIO_F_VERSION_1 or VIRTIO_NET_F_MRG_RXBUF negotiated.
 pub const HEADER_SIZE: usize = 12;
 /// Bytes of a header without `num_buffers`: a legacy driver without mergeable buffers.
@@ -37,6 +39,9 @@ pub const GSO_UDP_L4: u8 = 5;
 /// `gso_type` flag: the TCP segments carry ECN.
 pub const GSO_ECN: u8 = 0x80;
 
+/// Where a UDP header has its checksum; no other protocol has it there.
+const UDP_CHECKSUM_AT: u16 = 6;
+
 /// The header as it lies in guest memory. Virtio 1.3, 5.1.6.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -57,6 +62,38 @@ pub struct NetHeader {
     pub csum_offset: U16,
     /// Chains that the frame fills (received frames only).
     pub num_buffers: U16,
+}
+
+impl NetHeader {
+    /// Whether a guest with these `VIRTIO_NET_F_GUEST_*` offloads takes such a frame whole: it is no
+    /// super-frame, or one of a kind that it negotiated. Virtio 1.3, 5.1.6.4.1.
+    #[must_use]
+    pub fn is_taken_whole(&self, offloads: u64) -> bool {
+        let takes = |bit: u32| offloads & (1 << bit) != 0;
+        if self.gso_type & GSO_ECN != 0 && !takes(v::VIRTIO_NET_F_GUEST_ECN) {
+            return false;
+        }
+        match self.gso_type & !GSO_ECN {
+            GSO_NONE => true,
+            GSO_TCPV4 => takes(v::VIRTIO_NET_F_GUEST_TSO4),
+            GSO_TCPV6 => takes(v::VIRTIO_NET_F_GUEST_TSO6),
+            GSO_UDP => takes(v::VIRTIO_NET_F_GUEST_UFO),
+            GSO_UDP_L4 => takes(v::VIRTIO_NET_F_GUEST_USO4) && takes(v::VIRTIO_NET_F_GUEST_USO6),
+            _ => false,
+        }
+    }
+
+    /// Fills in the checksum of `frame` that is said to be missing: the sum of the pseudo-header stands in
+    /// its place. Nothing happens where that lies beyond the frame. Virtio 1.3, 5.1.6.2.
+    pub fn fill_checksum(&self, frame: &mut [u8]) {
+        let (start, offset) = (self.csum_start.get(), self.csum_offset.get());
+        let sum = sum(frame.get(usize::from(start)..).unwrap_or(&[]));
+        let sum = if offset == UDP_CHECKSUM_AT { udp_checksum(sum) } else { checksum(sum) };
+        let place = usize::from(start).saturating_add(offset.into());
+        if let Some(to) = frame.get_mut(place..place.saturating_add(2)) {
+            to.copy_from_slice(&sum);
+        }
+    }
 }
 
 /// The header of a received frame with its hash: `struct virtio_net_hdr_v1_hash`. Virtio 1.3, 5.1.6.

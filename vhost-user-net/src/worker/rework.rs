@@ -18,16 +18,11 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::has;
 use crate::batch::FrameMemory;
-use crate::checksum::{checksum, sum, udp_checksum};
-use crate::header::{
-    F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, HEADER_SIZE, NetHeader,
-};
+use crate::header::{F_NEEDS_CSUM, GSO_NONE, HEADER_SIZE, NetHeader};
 use crate::segment::Segments;
 
 /// What a read gives for a frame that waits here instead. More than 0: there may be more to read.
 const TAKEN_BACK: i32 = 1;
-/// Where a UDP header has its checksum; no other protocol has it there.
-const UDP_CHECKSUM_AT: u16 = 6;
 
 /// The most pieces of one frame: TCP's least segments, 48 bytes, of the longest packet. Somebody else's
 /// frame in smaller ones would be a lot of memory and time for its few bytes.
@@ -142,19 +137,8 @@ impl Rework {
 
     /// Whether the guest takes such a frame as it is.
     fn is_taken(&self, header: &NetHeader) -> bool {
-        let takes = |bit: u32| has(self.offloads, bit);
-        if header.flags != 0 && !takes(v::VIRTIO_NET_F_GUEST_CSUM) {
-            return false;
-        }
-        let ecn = header.gso_type & GSO_ECN != 0;
-        let whole = match header.gso_type & !GSO_ECN {
-            GSO_NONE => true,
-            GSO_TCPV4 => takes(v::VIRTIO_NET_F_GUEST_TSO4),
-            GSO_TCPV6 => takes(v::VIRTIO_NET_F_GUEST_TSO6),
-            GSO_UDP_L4 => self.offloads & USO == USO,
-            _ => false,
-        };
-        whole && (!ecn || takes(v::VIRTIO_NET_F_GUEST_ECN))
+        let summed = header.flags == 0 || has(self.offloads, v::VIRTIO_NET_F_GUEST_CSUM);
+        summed && header.is_taken_whole(self.offloads)
     }
 
     /// Puts the frame in `whole` with those that wait.
@@ -165,7 +149,7 @@ impl Rework {
             self.add(&header, &whole);
         } else if header.gso_type == GSO_NONE {
             if header.flags & F_NEEDS_CSUM != 0 {
-                fill_checksum(&header, &mut whole);
+                header.fill_checksum(&mut whole);
             }
             self.add(&NetHeader::new_zeroed(), &whole);
         } else if let Some(mut pieces) = pieces(&whole) {
@@ -188,22 +172,12 @@ impl Rework {
     }
 }
 
-/// Fills in the checksum that `header` says is missing: the sum of the pseudo-header stands in its place.
-/// Virtio 1.3, 5.1.6.2.
-fn fill_checksum(header: &NetHeader, frame: &mut [u8]) {
-    let (start, offset) = (header.csum_start.get(), header.csum_offset.get());
-    let place = usize::from(start) + usize::from(offset);
-    let sum = sum(frame.get(usize::from(start)..).unwrap_or(&[]));
-    let sum = if offset == UDP_CHECKSUM_AT { udp_checksum(sum) } else { checksum(sum) };
-    if let Some(to) = frame.get_mut(place..place + 2) {
-        to.copy_from_slice(&sum);
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::indexing_slicing, clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
+    use crate::checksum::sum;
+    use crate::header::GSO_UDP_L4;
 
     const UDP_AT: usize = 34;
 
@@ -214,7 +188,7 @@ mod tests {
         header.gso_type = GSO_UDP_L4;
         header.gso_size = size.into();
         header.csum_start = 34.into();
-        header.csum_offset = UDP_CHECKSUM_AT.into();
+        header.csum_offset = 6.into();
         let mut bytes = header.as_bytes().to_vec();
         bytes.extend([[0x02; 12].as_slice(), &[8, 0, 0x45], &[0; 8], &[17]].concat());
         bytes.resize(HEADER_SIZE + UDP_AT + 8 + payload, 7);

@@ -25,12 +25,10 @@ use super::fetch::fetch;
 use super::tx::{Gate, Next, Slot, take};
 use super::{Turn, answer_commands, has, is_mergeable};
 use crate::backend::switch::{PORTS_MAX, Peer, Seen, SwitchPort, bits};
-use crate::checksum::{checksum, sum, udp_checksum};
 use crate::control::{MacAddr, RxFilter};
 use crate::flow::Flow;
 use crate::header::{
-    ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP,
-    GSO_UDP_L4, HEADER_SIZE, HashHeader, NetHeader, header_size,
+    ETHERNET_HEADER_SIZE, F_NEEDS_CSUM, HEADER_SIZE, HashHeader, NetHeader, header_size,
 };
 use crate::rss::{HashReport, Steering};
 use crate::segment::Segments;
@@ -40,8 +38,6 @@ use crate::shared::{PairMetrics, Shared};
 const BATCH: usize = 64;
 /// Frames in a turn.
 const BUDGET: usize = 256;
-/// Where a UDP header has its checksum; no other protocol has it there.
-const UDP_CHECKSUM_AT: usize = 6;
 
 /// A frame on its way, checked.
 #[derive(Debug)]
@@ -91,34 +87,7 @@ impl<'a> Frame<'a> {
     /// The whole frame in `room`, with its checksum filled in. Virtio 1.3, 5.1.6.2.
     fn finish(&self, room: &mut Vec<u8>) {
         self.gather(room);
-        let start = usize::from(self.header.csum_start.get());
-        let offset = usize::from(self.header.csum_offset.get());
-        let place = start + offset;
-        // The sum of the pseudo-header stands in the checksum's place.
-        let sum = sum(room.get(start..).unwrap_or(&[]));
-        let sum = if offset == UDP_CHECKSUM_AT { udp_checksum(sum) } else { checksum(sum) };
-        if let Some(to) = room.get_mut(place..place + 2) {
-            to.copy_from_slice(&sum);
-        }
-    }
-
-    /// Whether a guest with these `VIRTIO_NET_F_GUEST_*` offloads takes this super-frame as it is.
-    fn is_taken_whole(&self, offloads: u64) -> bool {
-        let gso = self.header.gso_type;
-        if gso & GSO_ECN != 0 && !has(offloads, v::VIRTIO_NET_F_GUEST_ECN) {
-            return false;
-        }
-        match gso & !GSO_ECN {
-            GSO_NONE => true,
-            GSO_TCPV4 => has(offloads, v::VIRTIO_NET_F_GUEST_TSO4),
-            GSO_TCPV6 => has(offloads, v::VIRTIO_NET_F_GUEST_TSO6),
-            GSO_UDP => has(offloads, v::VIRTIO_NET_F_GUEST_UFO),
-            GSO_UDP_L4 => {
-                has(offloads, v::VIRTIO_NET_F_GUEST_USO4)
-                    && has(offloads, v::VIRTIO_NET_F_GUEST_USO6)
-            }
-            _ => false,
-        }
+        self.header.fill_checksum(room);
     }
 }
 
@@ -181,7 +150,11 @@ impl Receiver {
             self.metrics.rx_filtered.add(1);
             return false;
         }
-        if frame.is_taken_whole(offloads) { self.give(frame, offloads) } else { self.cut(frame) }
+        if frame.header.is_taken_whole(offloads) {
+            self.give(frame, offloads)
+        } else {
+            self.cut(frame)
+        }
     }
 
     /// Gives a super-frame to a driver that takes none, in pieces; true if it has any of them.
