@@ -43,11 +43,24 @@ struct Place {
     dir: tempfile::TempDir,
 }
 
+/// A name space in which nobody sends of his own accord: the kernel's own frames would wake a device that
+/// has forgotten some. Where there is no IPv6, there are none.
+fn silent(root: &ToolRoot) -> Option<NetNs> {
+    let namespace = NetNs::for_test(root)?;
+    let silence = || {
+        ["all", "default"].map(|links| {
+            std::fs::write(format!("/proc/sys/net/ipv6/conf/{links}/disable_ipv6"), "1")
+        })
+    };
+    let _ = namespace.run(silence).unwrap();
+    Some(namespace)
+}
+
 impl Place {
     /// A tap's host is where the tap is.
     fn of_tap() -> Option<Self> {
         let root = ToolRoot::for_test()?;
-        let host = NetNs::for_test(root)?;
+        let host = silent(root)?;
         let dir = tempfile::tempdir().unwrap();
         Some(Self { root, pod: host.clone(), host, host_link: "tap0", dir })
     }
@@ -55,7 +68,7 @@ impl Place {
     /// A pair of interfaces, `eth0` with the daemon, `veth0` with the host.
     fn of_veth() -> Option<Self> {
         let root = ToolRoot::for_test()?;
-        let (host, pod) = (NetNs::for_test(root)?, NetNs::for_test(root)?);
+        let (host, pod) = (silent(root)?, silent(root)?);
         host.ip(root, "link add veth0 type veth peer name eth0").unwrap();
         host.ip(root, &format!("link set eth0 netns {}", pod.path().display())).unwrap();
         pod.ip(root, "link set eth0 up").unwrap();

@@ -36,11 +36,6 @@ pub trait Backend: Send + Sync + Debug {
         None
     }
 
-    /// Whether a write may find no room and work later.
-    fn may_be_full(&self) -> bool {
-        false
-    }
-
     /// Whether each frame that leaves it is an event, so that the worker looks for more. A packet socket
     /// whose events are asked for only while it is full moves little more than half as much out of a guest.
     fn tells_of_frames_sent(&self) -> bool {

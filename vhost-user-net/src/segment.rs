@@ -117,6 +117,11 @@ impl<'a> Segments<'a> {
         self.payload.len().div_ceil(self.size)
     }
 
+    /// Bytes of all of them.
+    pub(crate) fn bytes(&self) -> usize {
+        self.headers.len().saturating_mul(self.count()).saturating_add(self.payload.len())
+    }
+
     /// Puts the next frame into `room`; false after the last.
     pub(crate) fn next_into(&mut self, room: &mut Vec<u8>) -> bool {
         let left = self.payload.get(self.done..).unwrap_or(&[]);

@@ -488,6 +488,9 @@ impl QueueHandler for NetWorker {
         }
         if index == self.rx_queue() {
             self.rx.start(features);
+            if let Some(io) = &mut self.io {
+                io.forget_frames();
+            }
             self.shared.set_pair_started(self.pair, true);
         } else {
             self.tx.start(features);

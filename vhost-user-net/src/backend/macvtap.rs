@@ -74,10 +74,6 @@ impl Backend for MacvtapBackend {
         self.tap.interfaces().mtu(self.tap.first_name()).is_err()
     }
 
-    fn may_be_full(&self) -> bool {
-        self.tap.may_be_full()
-    }
-
     fn mtu(&self) -> Option<u16> {
         self.tap.mtu()
     }

@@ -177,10 +177,6 @@ impl Backend for PacketBackend {
         self.queues.get(usize::from(pair)).map(AsFd::as_fd)
     }
 
-    fn may_be_full(&self) -> bool {
-        true
-    }
-
     fn tells_of_frames_sent(&self) -> bool {
         true
     }

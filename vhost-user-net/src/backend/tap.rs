@@ -253,11 +253,6 @@ impl Backend for TapBackend {
         self.queues.get(usize::from(pair)).map(AsFd::as_fd)
     }
 
-    fn may_be_full(&self) -> bool {
-        // A tap never is, unless whoever opened it gave it a send buffer; a macvtap is as full as its card.
-        true
-    }
-
     fn features(&self) -> u64 {
         self.features
     }

@@ -168,10 +168,6 @@ impl Backend for UserBackend {
         Some(self.link.clone())
     }
 
-    fn may_be_full(&self) -> bool {
-        true
-    }
-
     fn tells_of_frames_sent(&self) -> bool {
         true
     }

@@ -86,6 +86,18 @@ impl FrameIo {
         }
     }
 
+    /// Whether the next read gives frames that were taken from the descriptor already: no event tells of them.
+    pub(super) fn holds_frames(&self) -> bool {
+        matches!(self, Self::Reworked(_, _, more) if more.rework.holds_frames())
+    }
+
+    /// Forgets such frames: they were for the driver before this one.
+    pub(super) fn forget_frames(&mut self) {
+        if let Self::Reworked(_, _, more) = self {
+            more.rework.forget_frames();
+        }
+    }
+
     /// What the guest takes, and the bytes of header before its frames.
     pub(super) fn set_guest(&mut self, offloads: u64, header_size: usize) {
         if let Self::Reworked(_, _, more) = self {

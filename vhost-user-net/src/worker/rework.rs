@@ -27,6 +27,10 @@ const TAKEN_BACK: i32 = 1;
 /// The most pieces of one frame: TCP's least segments, 48 bytes, of the longest packet. Somebody else's
 /// frame in smaller ones would be a lot of memory and time for its few bytes.
 const PIECES_MAX: usize = 65535_usize.div_ceil(48);
+/// The most bytes of them all, with the headers that each repeats: twice what so many pieces have with the
+/// longest headers of TCP over IPv6. The guest can write to a frame before it is copied, and claim headers as
+/// long as the frame.
+const PIECES_BYTES_MAX: usize = 1 << 19;
 /// Buffers kept for the next frames.
 const SPARE_MAX: usize = 64;
 
@@ -66,16 +70,22 @@ impl Rework {
 
     /// What the guest takes (`VIRTIO_NET_F_GUEST_*`), and the bytes of header before its frames.
     pub(super) fn set_guest(&mut self, offloads: u64, header_size: usize) {
-        if header_size != self.header_size {
-            // Made for the driver before this one.
-            self.waiting.clear();
-        }
         (self.offloads, self.header_size) = (offloads, header_size);
+    }
+
+    /// Whether frames wait for the next reads.
+    pub(super) fn holds_frames(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Forgets frames that wait.
+    pub(super) fn forget_frames(&mut self) {
+        self.waiting.clear();
     }
 
     /// Whether frames are to be looked at.
     pub(super) fn is_needed(&self) -> bool {
-        self.offloads & ALL_TAKEN != ALL_TAKEN || !self.waiting.is_empty()
+        self.offloads & ALL_TAKEN != ALL_TAKEN || self.holds_frames()
     }
 
     /// Puts frames that wait into `frames`; gives how many, whose results are now in `results`.
@@ -144,7 +154,8 @@ impl Rework {
     /// Puts the frame in `whole` with those that wait.
     fn set_aside(&mut self, header: NetHeader, as_it_is: bool) {
         let mut whole = std::mem::take(&mut self.whole);
-        let pieces = |whole| Segments::new(&header, whole).filter(|p| p.count() <= PIECES_MAX);
+        let fits = |p: &Segments<'_>| p.count() <= PIECES_MAX && p.bytes() <= PIECES_BYTES_MAX;
+        let pieces = |whole| Segments::new(&header, whole).filter(fits);
         if as_it_is {
             self.add(&header, &whole);
         } else if header.gso_type == GSO_NONE {
@@ -240,6 +251,28 @@ mod tests {
         // Who takes them gets them as they are.
         rework.set_guest(u64::MAX, HEADER_SIZE);
         assert!(!rework.is_needed());
+    }
+
+    #[test]
+    fn a_guest_cannot_have_long_headers_repeated() {
+        let lost = Arc::new(Counter::default());
+        let mut rework = Rework::new(lost.clone());
+        rework.set_guest(0, HEADER_SIZE);
+        // 60,000 bytes of headers before 1,000 pieces of a byte.
+        let mut header = NetHeader::new_zeroed();
+        header.flags = F_NEEDS_CSUM;
+        header.gso_type = GSO_UDP_L4;
+        header.gso_size = 1.into();
+        header.csum_start = 60_000.into();
+        header.csum_offset = 6.into();
+        let mut frame = header.as_bytes().to_vec();
+        frame.extend([&[2; 12][..], &[0x86, 0xdd, 0x60]].concat());
+        frame.resize(HEADER_SIZE + 60_000 + 8 + 1000, 0);
+        assert!(reworked(&mut rework, vec![frame]).is_empty());
+        assert_eq!(lost.get(), 1);
+        // An honest frame in the smallest pieces is far below.
+        let headers = 14 + 40 + 60;
+        assert!(2 * PIECES_MAX * (headers + 48) <= PIECES_BYTES_MAX);
     }
 
     #[test]

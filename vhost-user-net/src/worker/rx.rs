@@ -230,7 +230,7 @@ impl RxSide {
         self.results.clear();
         self.results.extend_from_slice(results);
         // Only the last read says whether there is more: a frame may have come between two.
-        if self.results.last().is_some_and(|&r| r <= 0) {
+        if self.results.last().is_some_and(|&r| r <= 0) && !io.holds_frames() {
             self.readable = false;
         }
         if self.large == 0 {
