@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use crate::control::MacAddr;
+use crate::ethernet::{self, number};
 
 /// Bytes of a frame that are looked at, at the most.
 pub const INSPECTED_BYTES: usize = 116;
@@ -133,11 +134,6 @@ pub struct SourceFilter {
     ranges: Vec<Cidr>,
 }
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_ARP: u16 = 0x0806;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
-const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
-
 impl SourceFilter {
     /// Only `mac`, if given, and only `ranges`, if there are any.
     #[must_use]
@@ -169,18 +165,13 @@ impl SourceFilter {
         if self.ranges.is_empty() && self.mac.is_none() {
             return Ok(());
         }
-        let mut rest = frame.get(12..).unwrap_or(&[]);
-        for _ in 0..2 {
-            if number(rest, 0).is_some_and(|t| ETHERTYPES_VLAN.contains(&t)) {
-                rest = rest.get(4..).unwrap_or(&[]);
-            }
-        }
-        let packet = rest.get(2..).unwrap_or(&[]);
-        match number(rest, 0) {
-            Some(ETHERTYPE_ARP) => self.check_arp(packet),
+        let carried = ethernet::payload(frame);
+        let packet = carried.and_then(|(_, at)| frame.get(at..)).unwrap_or(&[]);
+        match carried {
+            Some((ethernet::ARP, _)) => self.check_arp(packet),
             _ if self.ranges.is_empty() => Ok(()),
-            Some(ETHERTYPE_IPV4) => self.check_ipv4(packet),
-            Some(ETHERTYPE_IPV6) => self.check_ipv6(packet),
+            Some((ethernet::IPV4, _)) => self.check_ipv4(packet),
+            Some((ethernet::IPV6, _)) => self.check_ipv6(packet),
             _ => Err(Spoof::Protocol),
         }
     }
@@ -280,11 +271,6 @@ fn icmpv6(packet: &[u8]) -> Result<Option<&[u8]>, Spoof> {
 /// `N` bytes of `data` at `at`.
 fn array<const N: usize>(data: &[u8], at: usize) -> Option<[u8; N]> {
     data.get(at..)?.first_chunk().copied()
-}
-
-/// The 16-bit number of `data` at `at`.
-fn number(data: &[u8], at: usize) -> Option<u16> {
-    array(data, at).map(u16::from_be_bytes)
 }
 
 #[cfg(test)]

@@ -4,12 +4,11 @@
 //! found there is left out: a frame without readable ports belongs to its two stations' flow.
 #![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+use crate::ethernet::{self, number};
+
 /// Bytes that identify a flow at the most: two IPv6 addresses and two ports.
 pub const FLOW_BYTES: usize = 36;
 
-const ETHERTYPE_AT: usize = 12;
-const VLAN_TAG_SIZE: usize = 4;
-const VLAN_TAGS: usize = 2;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 /// Extension headers of IPv6 looked at, at the most.
@@ -61,9 +60,9 @@ impl Flow {
     /// The flow of the frame that starts with `frame`.
     #[must_use]
     pub fn of(frame: &[u8]) -> Self {
-        ip_packet(frame).and_then(ip_flow).unwrap_or_else(|| {
+        ip_flow(frame).unwrap_or_else(|| {
             // Destination first, as in the frame: it makes no difference to `id`.
-            let stations = frame.get(..ETHERTYPE_AT).unwrap_or(&[]);
+            let stations = frame.get(..ethernet::STATIONS_SIZE).unwrap_or(&[]);
             Self::new(Network::Other, [stations, &[], &[]], None)
         })
     }
@@ -112,27 +111,14 @@ impl Flow {
     }
 }
 
-/// The IP packet of a frame, behind at most two VLAN tags.
-fn ip_packet(frame: &[u8]) -> Option<(Network, &[u8])> {
-    let mut at = ETHERTYPE_AT;
-    for _ in 0..=VLAN_TAGS {
-        let packet = || frame.get(at.checked_add(2)?..);
-        match number(frame, at)? {
-            0x0800 => return Some((Network::V4, packet()?)),
-            0x86dd => return Some((Network::V6, packet()?)),
-            0x8100 | 0x88a8 => at = at.checked_add(VLAN_TAG_SIZE)?,
-            _ => return None,
-        }
-    }
-    None
-}
-
-/// The flow of an IP packet; `None`: it is none.
-fn ip_flow((network, packet): (Network, &[u8])) -> Option<Flow> {
+/// The flow of a frame with an IP packet; `None`: it has none.
+fn ip_flow(frame: &[u8]) -> Option<Flow> {
+    let (ethertype, at) = ethernet::payload(frame)?;
+    let packet = frame.get(at..)?;
     let version = packet.first()? >> 4;
-    let (addresses, protocol) = match network {
-        Network::V4 if version == 4 => (packet.get(12..20)?, ipv4_protocol(packet)),
-        Network::V6 if version == 6 => (packet.get(8..40)?, ipv6_protocol(packet)),
+    let (network, addresses, protocol) = match ethertype {
+        ethernet::IPV4 if version == 4 => (Network::V4, packet.get(12..20)?, ipv4_protocol(packet)),
+        ethernet::IPV6 if version == 6 => (Network::V6, packet.get(8..40)?, ipv6_protocol(packet)),
         _ => return None,
     };
     let transport = protocol.and_then(|(protocol, at)| {
@@ -170,12 +156,6 @@ fn ipv6_protocol(packet: &[u8]) -> Option<(u8, usize)> {
         at = at.checked_add(units.checked_add(1)?.checked_mul(8)?)?;
     }
     None
-}
-
-/// The 16-bit number of `bytes` at `at`.
-fn number(bytes: &[u8], at: usize) -> Option<u16> {
-    let pair = bytes.get(at..)?.first_chunk()?;
-    Some(u16::from_be_bytes(*pair))
 }
 
 #[cfg(test)]

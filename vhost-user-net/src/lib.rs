@@ -29,6 +29,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod device;
+mod ethernet;
 pub mod filter;
 pub mod flow;
 pub mod header;

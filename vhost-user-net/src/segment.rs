@@ -9,11 +9,9 @@
 #![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use crate::checksum::{checksum, sum, udp_checksum};
-use crate::header::{ETHERNET_HEADER_SIZE, GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NetHeader};
+use crate::ethernet::{self, number};
+use crate::header::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NetHeader};
 
-const ETHERTYPE_AT: usize = 12;
-const VLAN_TAG_SIZE: usize = 4;
-const VLAN_TAGS: usize = 2;
 const UDP_HEADER_SIZE: usize = 8;
 /// The first byte of a TCP header's flags.
 const TCP_FLAGS_AT: usize = 13;
@@ -150,7 +148,7 @@ impl<'a> Segments<'a> {
                 // Without a cut, frames of one sender have numbers of their own: so have these.
                 let index = self.done.checked_div(self.size)? & usize::from(u16::MAX);
                 let index = u16::try_from(index).ok()?;
-                let id = take(ip, 4)?.wrapping_add(index);
+                let id = number(ip, 4)?.wrapping_add(index);
                 put(ip, 4, id)?;
                 put(ip, 10, 0)?;
                 let end = self.transport_at.checked_sub(self.network_at)?;
@@ -196,29 +194,17 @@ impl<'a> Segments<'a> {
 
 /// What IP a frame carries, and from which byte on.
 fn find_network(frame: &[u8]) -> Option<(Network, usize)> {
-    let mut at = ETHERTYPE_AT;
-    for _ in 0..=VLAN_TAGS {
-        match take(frame, at)? {
-            0x0800 => return Some((Network::V4, at.checked_add(2)?)),
-            0x86dd => return Some((Network::V6, at.checked_add(2)?)),
-            0x8100 | 0x88a8 => at = at.checked_add(VLAN_TAG_SIZE)?,
-            _ => return None,
-        }
+    match ethernet::payload(frame)? {
+        (ethernet::IPV4, at) => Some((Network::V4, at)),
+        (ethernet::IPV6, at) => Some((Network::V6, at)),
+        _ => None,
     }
-    None
-}
-
-fn take(bytes: &[u8], at: usize) -> Option<u16> {
-    let pair = bytes.get(at..at.checked_add(2)?)?;
-    Some(u16::from_be_bytes(pair.try_into().ok()?))
 }
 
 fn put(bytes: &mut [u8], at: usize, value: u16) -> Option<()> {
     bytes.get_mut(at..at.checked_add(2)?)?.copy_from_slice(&value.to_be_bytes());
     Some(())
 }
-
-const _: () = assert!(ETHERTYPE_AT + 2 == ETHERNET_HEADER_SIZE, "the type ends the header");
 
 #[cfg(test)]
 #[path = "segment/tests.rs"]
