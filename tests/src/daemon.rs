@@ -37,6 +37,24 @@ pub fn ask(control: &Path, request: &str) -> String {
     answer
 }
 
+/// The sum of all series of the counter `name` (without `outboard_`) that a daemon's metrics socket shows.
+///
+/// # Panics
+/// When nobody answers, or there is no such counter.
+#[must_use]
+pub fn metric(metrics: &Path, name: &str) -> u64 {
+    let stream = UnixStream::connect(metrics).expect("a metrics socket");
+    let text = std::io::read_to_string(stream).expect("metrics");
+    let start = format!("outboard_{name}{{");
+    let values: Vec<u64> = text
+        .lines()
+        .filter(|line| line.starts_with(&start))
+        .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
+        .collect();
+    assert!(!values.is_empty(), "no {name} in\n{text}");
+    values.iter().sum()
+}
+
 /// When the file was made or changed last, to the clock's tick of a few milliseconds.
 fn made(file: &Path) -> Option<SystemTime> {
     fs::metadata(file).and_then(|meta| meta.modified()).ok()

@@ -3,15 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
 use std::collections::HashSet;
-use std::io::Read;
 use std::net::UdpSocket;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use testkit::daemon::{self, Daemon, ask};
+use testkit::daemon::{self, Daemon, ask, metric};
 use testkit::driver::{Buffer, GuestQueue, RingFormat};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::link_socket::segment_datagrams;
@@ -129,10 +127,7 @@ impl Place {
 
     /// The sum of one metric over all queues.
     fn metric(&self, name: &str) -> u64 {
-        let mut text = String::new();
-        UnixStream::connect(self.path("metrics")).unwrap().read_to_string(&mut text).unwrap();
-        let lines = text.lines().filter(|l| l.contains(&format!("{name}{{")));
-        lines.map(|l| l.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+        metric(&self.path("metrics"), name)
     }
 
     /// A socket of the host's that is connected to the guest's port 77.

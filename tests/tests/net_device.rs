@@ -3,15 +3,14 @@
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
-use std::io::Read;
 use std::net::UdpSocket;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use testkit::daemon::{self, Daemon};
+use testkit::daemon::{self, Daemon, metric};
 use testkit::driver::{Buffer, GuestQueue, IN_ORDER, RingFormat, wait_readable};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::link_socket::LinkSocket;
@@ -135,13 +134,7 @@ impl Bench {
 
     /// One number of the metrics socket.
     fn metric(&self, name: &str) -> u64 {
-        let mut text = String::new();
-        UnixStream::connect(&self.metrics).unwrap().read_to_string(&mut text).unwrap();
-        let line = text
-            .lines()
-            .find(|l| l.contains(name) && !l.starts_with('#'))
-            .unwrap_or_else(|| panic!("no {name} in\n{text}"));
-        line.rsplit(' ').next().unwrap().parse().unwrap()
+        metric(&self.metrics, name)
     }
 
     /// A control command's answer; `None` when the device wrote none.

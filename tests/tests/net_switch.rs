@@ -2,14 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "an unwrap that fails is a failing test")]
 
-use std::io::Read;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use testkit::daemon::{self, Daemon};
+use testkit::daemon::{self, Daemon, metric};
 use testkit::driver::{Buffer, GuestQueue, RingFormat, wait_readable};
 use testkit::frontend::{AttachOptions, FrontEnd};
 use testkit::memory::GuestRam;
@@ -176,14 +174,6 @@ impl Guest {
         assert_eq!(queue.request(&chain, TIMEOUT).unwrap(), 1);
         self.ram.bytes(answer, 1)[0]
     }
-}
-
-/// The sum of a counter over all ports.
-fn metric(socket: &Path, name: &str) -> u64 {
-    let mut text = String::new();
-    UnixStream::connect(socket).unwrap().read_to_string(&mut text).unwrap();
-    let lines = text.lines().filter(|l| l.contains(name) && !l.starts_with('#'));
-    lines.map(|l| l.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
 /// Without a control queue there is no third one; a front end that starts it all the same must not get a

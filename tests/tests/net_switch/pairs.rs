@@ -1,7 +1,7 @@
 //! Ports with several queue pairs: which of them a frame comes on.
 
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddrV4;
 use std::os::fd::AsFd as _;
 
